@@ -1,0 +1,67 @@
+# make            the virtual environment in .venv, with nybble and its C++ extension (made again when a source changes)
+# make compare    the main job on the model that ships: a table, and a page in out/compare
+# make test       the fast tests; `make test-all` adds the slow ones
+# make check      ruff and mypy
+# make bench      the benchmarks in bench/
+# make wheel      the wheel in dist/, proved in a fresh environment without a compiler
+# make clean      removes everything made here
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := CMakeLists.txt pyproject.toml src/nybble/version.py tools/with_compiler.sh \
+  $(wildcard src/nybble/kernels/*.cpp src/nybble/kernels/*.hpp)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := setup
+.PHONY: setup compare test test-all check format bench wheel clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "nybble: requirements.lock needs Python 3.11 or later, not '$(PYTHON)'; try make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "nybble: '$(PYTHON)' has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.packages: requirements.lock $(VENV)/.created
+	@echo 'installing the packages of requirements.lock (torch is the large one); a few minutes the first time'
+	@$(PIP) install --quiet -r requirements.lock
+	@touch $@
+
+# No build isolation: it would download the build tools (and ask for torch) a second time.
+$(VENV)/.installed: $(NATIVE) $(VENV)/.packages
+	@echo 'building the C++ extension; half a minute'
+	@sh tools/with_compiler.sh $(VENV) $(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+compare: setup
+	$(BIN)/nybble compare --force -o out/compare
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+wheel: setup
+	rm -rf dist
+	sh tools/with_compiler.sh $(VENV) $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	sh tools/prove_wheel.sh $(PYTHON) dist/*.whl
+
+clean:
+	rm -rf $(VENV) .wheel-venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f src/nybble/kernels/_native*.so

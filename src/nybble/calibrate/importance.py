@@ -1,0 +1,65 @@
+"""Mean square of the inputs of every linear layer, streamed over calibration windows.
+
+E[x_k^2] for each input column k is the diagonal of the layer's Hessian up to a constant (GPTQ, arXiv 2210.17323, section
+3; llama.cpp calls it the importance matrix): what an error in column k of a weight costs at the layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nybble.errors import InputError
+from nybble.models.describe import sites
+
+
+def input_importance(
+    model: nn.Module, windows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Weight name -> float32 [K], over token windows int64 [windows, tokens]. Embeddings have none.
+
+    Products are float32, sums float64, window by window: the result does not depend on a batch size.
+    Raises InputError when windows have another shape, type or ids than the model takes.
+    """
+    check_windows(model, windows)
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, site in sites(model).items():
+        for module in site.modules:
+            if not isinstance(module, nn.Embedding):
+                hooks.append(module.register_forward_pre_hook(_watch(name, sums, counts)))
+    try:
+        with torch.inference_mode():
+            for i, window in enumerate(windows):
+                model(torch.from_numpy(window[None].copy()))
+                if progress:
+                    progress(i + 1, len(windows))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: (total / counts[name]).float().numpy() for name, total in sums.items()}
+
+
+def check_windows(model: nn.Module, windows: NDArray[np.int64]) -> None:
+    """Raise InputError when calibration windows are not int [windows, tokens] within the model's vocabulary."""
+    if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
+        raise InputError(f"calibration is {windows.dtype} {windows.shape}; it must be integers [windows, tokens]")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    if windows.min() < 0 or windows.max() >= vocabulary:
+        raise InputError(f"calibration ids reach {windows.max()}; the model has {vocabulary} tokens")
+
+
+def _watch(name: str, sums: dict[str, torch.Tensor], counts: dict[str, int]) -> Any:
+    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()  # [tokens, K]
+        square = x.square().sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + square if name in sums else square
+        counts[name] = counts.get(name, 0) + x.shape[0]
+
+    return hook

@@ -1,0 +1,87 @@
+"""The command line: one verb a file. The only place that prints, exits or downloads.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Errors are one line on standard error; `--debug` shows the
+traceback. Tables go to standard output, progress to standard error, `--json` gives a machine-readable result.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from nybble.cli import compare, eval, generate, inspect, plan, quantize, report
+from nybble.errors import NybbleError
+from nybble.version import __version__
+
+app = typer.Typer(
+    name="nybble",
+    help="Make a language model small and fast on the machine you have, and prove what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (compare, report, quantize, plan, inspect, eval, generate):
+    app.command(verb.NAME, help=verb.HELP, epilog=None)(verb.run)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nybble {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    pass  # --debug is read in main(), which also covers errors before this is called
+
+
+def main() -> NoReturn:
+    """Run the command line; leaves with the exit code."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+    except NybbleError as error:
+        if debug:
+            traceback.print_exc()
+        code = _fail(str(error), error.exit_code)
+    except click.exceptions.Abort:
+        code = _fail("interrupted; nothing half-written was left behind", 130)
+    except KeyboardInterrupt:
+        code = _fail("interrupted; nothing half-written was left behind", 130)
+    except click.ClickException as error:
+        code = _fail(error.format_message().replace("\n", " "), 2)
+    except BrokenPipeError:  # `nybble plan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        name = type(error).__name__
+        code = _fail(f"internal error, please report it: {name}: {error} (nybble --debug ... shows the traceback)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    line = "".join(c if c.isprintable() else " " for c in " ".join(message.split()))
+    print(f"nybble: error: {line}", file=sys.stderr, flush=True)
+    return code
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise KeyboardInterrupt

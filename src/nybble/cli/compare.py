@@ -1,0 +1,98 @@
+"""`nybble compare`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nybble.cli import console
+
+NAME = "compare"
+HELP = """Quantize a model several ways and measure memory, speed and quality of each, side by side.
+
+\b
+nybble compare                                    the model that ships, offline, about four minutes
+nybble compare gpt2 --text wiki.txt               a hub model (downloaded) or a folder, on your text
+nybble compare MODEL --variants fp32,int4:g64,nf4:g64,dq
+nybble compare --shape gpt2 --variants fast       random weights: memory and speed only
+"""
+
+
+def run(
+    model: Annotated[str | None, typer.Argument(help="Model folder or hub name; without it the model that ships.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Evaluation text: .txt, .json (list of strings), .jsonl (key text).")] = None,
+    variants: Annotated[str, typer.Option(help="default, fast, all, or FORMAT[+METHOD],...")] = "default",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for results, page and plots.")] = Path("nybble-compare"),
+    force: Annotated[bool, typer.Option("--force", help="Replace results that are there already.")] = False,
+    shape: Annotated[str | None, typer.Option(help="Random weights of this shape (gpt2, ...) instead of MODEL.")] = None,
+    protocol: Annotated[str, typer.Option(help="Perplexity protocol: paper, llama.cpp, stride.")] = "paper",
+    window: Annotated[int | None, typer.Option(help="Tokens a window; default the context, at most 1024.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows to score at most.")] = 100,
+    stride: Annotated[int | None, typer.Option(help="Tokens a sliding window moves (protocol stride).")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What the samples continue, and speed is timed on.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per timed run.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each speed figure; the median counts.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of samples and random prompts.")] = 0,
+    keep: Annotated[list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that use one (rtn:mse).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
+) -> None:
+    """Measure, write the output folder, show the table."""
+    from nybble.evaluate.compare import compare
+    from nybble.files.folder import new_folder
+    from nybble.report import write_report
+
+    with new_folder(output, force, marker="results.jsonl") as work, console.progress() as bar:
+        records = compare(
+            model,
+            text,
+            variants,
+            shape=shape,
+            protocol=protocol,
+            window=window,
+            windows=windows,
+            stride=stride,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            threads=threads,
+            seed=seed,
+            keep=keep or (),
+            rules=console.parse_rules(rule or ()),
+            calibrate=calibrate,
+            work=work,
+            download=True,
+            progress=bar.update,
+        )
+        lines = "".join(record.to_line() + "\n" for record in records)
+        (work / "results.jsonl").write_text(lines, encoding="utf-8")
+        bar.update("", "writing the page", 1.0)
+        write_report(records, work / "report.html")
+    if as_json:
+        typer.echo(lines, nl=False)
+        return
+    show(records)
+    typer.echo(f"\npage     {(output / 'report.html').resolve().as_uri()}")
+    typer.echo(f"figures  {output / 'results.jsonl'}   plots  {output / 'plots'}   text  {output / 'report.md'}")
+
+
+def show(records: list) -> None:  # type: ignore[type-arg]  # list[Record], imported late to start fast
+    """The main columns as a table, then warnings and the verdict."""
+    from nybble.report import summary_table
+    from nybble.report.judge import judge_variant, find_baseline, list_warnings, state_verdict
+
+    table = summary_table(records)
+    shown = [i for i, column in enumerate(table.columns) if column.main]
+    headers = ["variant", *(f"{table.columns[i].header} {table.columns[i].unit}".strip() for i in shown)]
+    console.print_table(headers, [[row.name, *(row.cells[i].text for i in shown)] for row in table.rows])
+    baseline = find_baseline(records)
+    judgements = [judge_variant(record, baseline) for record in records]
+    for _, level, sentence in list_warnings(records, judgements):
+        typer.echo(f"{level}: {sentence}")
+    typer.echo(f"\n{state_verdict(records, judgements)}")
+
+

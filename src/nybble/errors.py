@@ -1,0 +1,58 @@
+"""Every error that nybble raises on purpose, in one small tree.
+
+    NybbleError            one clear line: the value, the limit, what to do
+    ├── UsageError         a wrong argument: unknown name, malformed spec, impossible combination (exit code 2)
+    ├── InputError         the model, text or prompt given cannot be used as asked
+    │   └── FileFormatError    a file whose bytes are not what its format promises (truncated, overlapping, hostile)
+    ├── NumericError       weights or scales that are not finite, or do not fit their storage type
+    ├── OutputError        the result cannot be written where it was asked for
+    └── MeasureError       a measuring process died or gave no result
+
+The command line prints the message of any NybbleError in one line and exits with its `exit_code`; any other exception is
+a bug and shows its traceback. Nothing else in the package prints or exits.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class NybbleError(Exception):
+    """Base of all errors raised on purpose; `str(error)` is one line for a person."""
+
+    exit_code = 1
+
+
+class UsageError(NybbleError, ValueError):
+    """A wrong argument: an unknown name, a malformed spec, a combination that makes no sense."""
+
+    exit_code = 2
+
+
+class InputError(NybbleError, ValueError):
+    """The model, text or prompt cannot be used as asked."""
+
+
+class FileFormatError(InputError):
+    """A file's bytes are not what its format promises."""
+
+
+class NumericError(NybbleError, ValueError):
+    """Weights or parameters that are not finite or do not fit their storage type."""
+
+
+class OutputError(NybbleError, OSError):
+    """The result cannot be written where it was asked for."""
+
+
+class MeasureError(NybbleError, RuntimeError):
+    """A measuring process died or gave no result."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for a name that is not known: says what was given, the nearest names, and all that there are."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")

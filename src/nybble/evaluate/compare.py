@@ -1,0 +1,272 @@
+"""The main job: several variants of one model, measured side by side on the same weights and text.
+
+The parent process imports no torch; it starts the measuring processes (worker.py), merges what they say into records, and
+removes everything it made. Each variant's memory and speed are taken in a fresh process, while nothing else runs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Sequence
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nybble import demo, kernels
+from nybble.calibrate.windows import read_text
+from nybble.errors import InputError, UsageError
+from nybble.evaluate import memory
+from nybble.evaluate.job import Job, Worker
+from nybble.evaluate.record import LayerRecord, Record, Run
+from nybble.evaluate.variants import parse_variants
+from nybble.models.checkpoint import is_causal, open_checkpoint
+from nybble.models.hub import resolve
+from nybble.version import __version__
+
+Progress = Callable[[str, str, float], None]
+"""Called with (variant or empty, what is being done, fraction of the whole run done)."""
+
+DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container.'
+BANDWIDTH_BYTES = 1 << 28
+GIB = 1 << 30
+PROTOCOLS = ("paper", "llama.cpp", "stride")
+
+
+def compare(
+    model: str | Path | None = None,
+    text: str | Path | None = None,
+    variants: str | Sequence[str] = "default",
+    *,
+    shape: str | None = None,
+    protocol: str = "paper",
+    window: int | None = None,
+    windows: int = 100,
+    stride: int | None = None,
+    prompt: str | None = None,
+    new_tokens: int = 50,
+    repeats: int = 5,
+    threads: int | None = None,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    rules: Sequence[tuple[str, str]] = (),
+    calibrate: str | Path | None = None,
+    kl_budget_bytes: int = 2 * GIB,
+    work: str | Path | None = None,
+    download: bool = False,
+    progress: Progress | None = None,
+    on_record: Callable[[Record], None] | None = None,
+) -> list[Record]:
+    """Measure variants of a model folder (default: the model that ships) and return their records, the baseline first.
+
+    `text` is a file; by default the held-out part of this Python's own standard library. `shape` measures random weights
+    of a known shape instead: memory and speed only. `windows` windows of `window` tokens are scored under `protocol`.
+    `work` is a folder for scratch files (default: the system's); `on_record` is called as each record is complete.
+    Raises NybbleError subclasses: wrong arguments, unusable model or text, weights that are not finite, a worker that died.
+    """
+    names = parse_variants(variants if isinstance(variants, str) else ",".join(variants))
+    _check_arguments(model, shape, text, protocol, window, windows, new_tokens, repeats, threads)
+    threads = threads or memory.machine()["cores"]
+    scratch = Path(tempfile.mkdtemp(prefix="nybble-", dir=work))
+    try:
+        folder = scratch / "shape" if shape else (resolve(model, download) if model is not None else demo.model_folder())
+        has_text = shape is None
+        evaluation, text_facts = _evaluation_text(text, scratch) if has_text else (None, None)
+        if prompt is None and has_text:
+            prompt = DEMO_PROMPT if model is None else _first_words(Path(evaluation or "").read_text(encoding="utf-8"))
+        calibration = None
+        if calibrate is not None:
+            calibration = scratch / "calibration.txt"
+            calibration.write_text(read_text(calibrate), encoding="utf-8")
+        job = Job(
+            folder=str(folder),
+            work=str(scratch),
+            variants=tuple(map(str, names)),
+            text=evaluation,
+            window=window,
+            windows=windows,
+            protocol=protocol,
+            stride=stride,
+            kl_budget_bytes=kl_budget_bytes,
+            prompt=prompt if has_text else None,
+            new_tokens=new_tokens,
+            repeats=repeats,
+            prefill_tokens=512,
+            threads=threads,
+            seed=seed,
+            keep=tuple(keep),
+            rules=tuple(rules),
+            calibration=str(calibration) if calibration else None,
+        )
+        path = job.write(scratch / "job.json")
+        if shape:
+            with Worker("shape", path, shape, threads=threads, what=f"shape {shape}") as worker:
+                worker.until("done")
+        checkpoint = open_checkpoint(folder)
+        _check_causal(checkpoint.config, folder)
+        name = shape and f"{shape} shape, random weights" or (checkpoint.name if model is not None else demo.NAME)
+        facts = {"name": name, "random_weights": shape is not None}
+        return _measure_all(job, path, facts, text_facts, progress, on_record)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _measure_all(
+    job: Job,
+    path: Path,
+    model_facts: dict[str, Any],
+    text_facts: dict[str, Any] | None,
+    progress: Progress | None,
+    on_record: Callable[[Record], None] | None,
+) -> list[Record]:
+    def report(index: int, inner: float, what: str) -> None:
+        if progress:
+            done = (index + inner) / len(job.variants) if index >= 0 else 0.0
+            progress(job.variants[index] if index >= 0 else "", what, done)
+
+    report(-1, 0, "measuring memory bandwidth")
+    bandwidth = kernels.read_bandwidth(BANDWIDTH_BYTES, job.threads, 3)
+    records: list[Record] = []
+    run: Run | None = None
+    with Worker("quality", path, threads=job.threads, what="quality") as quality:
+        report(-1, 0, "loading the float model")
+        events = quality.events()
+        ready = _follow(events, "ready", lambda what, fraction: report(-1, 0, f"{what} ({fraction:.0%})"))
+        for i, spec in enumerate(job.variants):
+            quality.what = spec
+            quality.ask()
+            made = _follow(events, "variant", lambda what, fraction, i=i: report(i, 0.6 * fraction, what))  # type: ignore[misc]
+            report(i, 0.6, "memory and speed, in a process of its own")
+            with Worker("measure", path, made["folder"], threads=job.threads, what=spec) as worker:
+                measured = worker.until("measured")
+            shutil.rmtree(made["folder"], ignore_errors=True)
+            run = run or _run(job, ready, measured, model_facts, text_facts, bandwidth)
+            record = _record(spec, made, measured, run, bandwidth)
+            records.append(record)
+            if on_record:
+                on_record(record)
+            report(i, 1, "done")
+    return records
+
+
+def _follow(events: Any, name: str, progress: Callable[[str, float], None]) -> dict[str, Any]:
+    for event in events:
+        if event["event"] == name:
+            return dict(event)
+        if event["event"] == "progress":
+            progress(event["what"], event["done"] / max(1, event["total"]))
+    raise AssertionError(f"the worker ended without {name}")  # events() raises before this
+
+
+def _record(spec: str, made: dict[str, Any], measured: dict[str, Any], run: Run, bandwidth: float) -> Record:
+    quality = made["quality"] or {}
+    shared = ("perplexity", "perplexity_se", "kl_mean", "kl_se", "kl_p99", "top1_agreement")
+    from_measured = {key: value for key, value in measured.items() if key not in ("event", "bytes_per_token", "prompt_tokens")}
+    return Record(
+        variant=spec,
+        format=made["format"],
+        method=made["method"],
+        plan_hash=made["plan_hash"],
+        bpw=made["bpw"],
+        file_bytes=made["file_bytes"],
+        limit_tokens_per_second=bandwidth / measured["bytes_per_token"],
+        quantize_seconds=made["quantize_seconds"],
+        model_histogram_limit=made["model_histogram_limit"],
+        model_histogram=made["model_histogram"],
+        run=run,
+        layers=[LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in made["layers"]],
+        notes=made["notes"],
+        **{key: quality.get(key) for key in shared},
+        **from_measured,
+    )
+
+
+def _run(
+    job: Job,
+    ready: dict[str, Any],
+    measured: dict[str, Any],
+    model_facts: dict[str, Any],
+    text_facts: dict[str, Any] | None,
+    bandwidth: float,
+) -> Run:
+    facts = {key: ready[key] for key in ("architecture", "parameters", "sha256")}
+    return Run(
+        id=uuid.uuid4().hex,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        model={**model_facts, **facts},
+        text={**text_facts, **ready["text"]} if text_facts and ready["text"] else None,
+        versions={
+            "nybble": __version__,
+            "python": platform.python_version(),
+            "torch": ready["torch"],
+            **{package: _version(package) for package in ("transformers", "tokenizers", "numpy")},
+        },
+        machine={
+            **memory.machine(),
+            "bandwidth_bytes_per_second": bandwidth,
+            "instruction_set": kernels.instruction_set(),
+        },
+        threads=job.threads,
+        seed=job.seed,
+        prompt=job.prompt,
+        prompt_tokens=measured["prompt_tokens"],
+        new_tokens=job.new_tokens,
+        repeats=job.repeats,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _evaluation_text(text: str | Path | None, scratch: Path) -> tuple[str, dict[str, Any]]:
+    if text is None:
+        from nybble.demo.text import evaluation_text
+
+        content, name = evaluation_text(), f"Python {platform.python_version()} standard library, held-out modules"
+    else:
+        content, name = read_text(text), Path(text).name
+    path = scratch / "text.txt"
+    path.write_text(content, encoding="utf-8", newline="")
+    return str(path), {"name": name, "sha256": sha256(content.encode()).hexdigest(), "characters": len(content)}
+
+
+def _first_words(text: str) -> str:
+    return " ".join(text.split()[:8])
+
+
+def _check_causal(config: dict[str, Any], folder: Path) -> None:
+    if not is_causal(config):
+        name = (config.get("architectures") or [config.get("model_type")])[0]
+        raise InputError(
+            f"{folder} is a {name}, which does not predict the next token; "
+            "compare needs a causal language model (quantize and plan take any)"
+        )
+
+
+def _check_arguments(
+    model: Any,
+    shape: str | None,
+    text: Any,
+    protocol: str,
+    window: int | None,
+    windows: int,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+) -> None:
+    if shape is not None and (model is not None or text is not None):
+        raise UsageError("--shape makes a model of random weights: give no MODEL and no --text with it")
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    limits = {"window": (window, 2), "windows": (windows, 1), "new tokens": (new_tokens, 1), "repeats": (repeats, 1)}
+    for what, (value, least) in {**limits, "threads": (threads, 1)}.items():
+        if value is not None and value < least:
+            raise UsageError(f"{what} is {value}; the least is {least}")

@@ -1,0 +1,265 @@
+"""The measuring processes. Started by compare.py; see job.py for the protocol."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from nybble.errors import NybbleError
+from nybble.evaluate.job import Job
+
+
+def emit(event: str, **fields: Any) -> None:
+    """One JSON line on standard output."""
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def quality(job: Job) -> None:
+    """Make, save and evaluate the variants one by one, each when asked for."""
+    import torch
+
+    from nybble.evaluate.layers import LayerObserver, histogram_limit
+    from nybble.evaluate.quality import LogitCache, evaluate
+    from nybble.evaluate.variants import parse_variant
+    from nybble.models.checkpoint import open_checkpoint
+    from nybble.models.describe import describe
+    from nybble.models.loading import load_model
+    from nybble.plan import Recipe, make_plan
+    from nybble.run import float_weights, quantize_by_plan
+
+    torch.set_num_threads(job.threads)
+    model = load_model(job.folder)
+    checkpoint = open_checkpoint(job.folder)
+    source_hash = checkpoint.sha256()
+    tensors = describe(model, checkpoint.float_tag)
+    plans = []
+    for spec in job.variants:  # all of them first: a wrong pattern shows before an hour of work
+        variant = parse_variant(spec)
+        method = "rtn" if variant.method == "cast" else variant.method
+        casting = variant.method == "cast"
+        recipe = Recipe(variant.format, method, () if casting else job.keep, () if casting else job.rules)
+        plans.append((variant, make_plan(tensors, recipe)))
+    windows = _windows(job, model)
+    importance = _importance(job, model, [variant.method for variant, _ in plans])
+    cache = None
+    if windows is not None:
+
+        def report(done: int, total: int) -> None:
+            emit("progress", what="float predictions", done=done, total=total)
+
+        cache = LogitCache.create(Path(job.work) / "cache", model, source_hash, windows, job.kl_budget_bytes, progress=report)
+    layer_limits = {name: histogram_limit([weight]) for name, weight in float_weights(model)}
+    model_limit = histogram_limit(weight for _, weight in float_weights(model))
+    emit(
+        "ready",
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        sha256=source_hash,
+        torch=torch.__version__,
+        text=None
+        if windows is None
+        else {
+            "protocol": windows.protocol,
+            "window": windows.length,
+            "windows": len(windows),
+            "stride": windows.stride if windows.protocol == "stride" else None,
+            "scored_tokens": windows.scored_tokens,
+            "kl_tokens": cache.tokens if cache else 0,
+            "bos": windows.bos is not None,
+        },
+    )
+    for i, (variant, plan) in enumerate(plans):
+        sys.stdin.readline()
+        observer = LayerObserver(plan, model_limit, layer_limits)
+        observing = [0.0]
+
+        def observe(*seen: Any, observer: LayerObserver = observer, observing: list[float] = observing) -> None:
+            start = time.perf_counter()
+            observer.observe(*seen)
+            observing[0] += time.perf_counter() - start
+
+        def report_layer(name: str, done: int, total: int) -> None:
+            emit("progress", what=f"quantizing {name}", done=done, total=total)
+
+        start = time.perf_counter()
+        quantized = quantize_by_plan(model, plan, importance, Path(job.folder), progress=report_layer, observe=observe)
+        folder = Path(job.work) / f"variant-{i}"
+        quantized.save(folder)
+        seconds = time.perf_counter() - start - observing[0]
+        plan_notes, bpw = list(plan.notes), plan.bpw
+        del quantized
+        gc.collect()
+        scored = None
+        if windows is not None:
+            from nybble.run import load
+
+            stored = load(folder)
+
+            def report_window(done: int, total: int) -> None:
+                emit("progress", what="perplexity", done=done, total=total)
+
+            scored = evaluate(stored.model(), windows, cache, progress=report_window)
+            del stored
+            gc.collect()
+        emit(
+            "variant",
+            folder=str(folder),
+            format=variant.format,
+            method=variant.method,
+            plan_hash=plan.hash,
+            bpw=bpw,
+            file_bytes=(folder / "model.safetensors").stat().st_size,
+            quantize_seconds=seconds,
+            notes=plan_notes + ([scored.note] if scored and scored.note else []),
+            quality=None if scored is None else dataclasses.asdict(scored),
+            layers=[dataclasses.asdict(layer) for layer in observer.layers],
+            model_histogram_limit=model_limit,
+            model_histogram=observer.model_counts.tolist(),
+        )
+    emit("done")
+
+
+def measure(job: Job, folder: Path) -> None:
+    """Memory, speed and text of one saved variant. Nothing else has happened in this process."""
+    import torch
+
+    from nybble.evaluate import memory
+    from nybble.evaluate.speed import greedy_text, measure_speed, prompt_tokens, top_k_text
+    from nybble.models.checkpoint import open_checkpoint
+    from nybble.models.loading import context_length, load_tokenizer, warm_imports
+    from nybble.run import load, tensor_bytes
+
+    torch.set_num_threads(job.threads)
+    warm_imports(open_checkpoint(folder).config)
+    tokenizer = load_tokenizer(folder) if job.prompt is not None else None
+    memory.release()
+    before = memory.resident_bytes()
+    memory.reset_peak()
+    start = time.perf_counter()
+    quantized = load(folder)
+    model = quantized.model()
+    read_all(model)
+    load_seconds = time.perf_counter() - start
+    memory.release()
+    after_load = memory.resident_bytes()
+    context = context_length(model)
+    prompt = prompt_tokens(tokenizer, job.prompt) if tokenizer is not None else _random_prompt(model, job.seed)
+    speed = measure_speed(model, prompt, job.new_tokens, job.repeats, min(job.prefill_tokens, context), context, job.seed)
+    samples: dict[str, str | None] = {"sample_greedy": None, "sample_top_k": None}
+    if tokenizer is not None and job.prompt is not None:
+        samples["sample_greedy"] = greedy_text(model, tokenizer, job.prompt, job.new_tokens)
+        samples["sample_top_k"] = top_k_text(model, tokenizer, job.prompt, job.new_tokens, job.seed)
+    peak = memory.peak_bytes()
+    weight_bytes, token_bytes = tensor_bytes(model), bytes_per_token(model)
+    del model, quantized
+    memory.release()
+    emit(
+        "measured",
+        memory_before_bytes=before,
+        memory_after_load_bytes=after_load,
+        memory_peak_bytes=peak,
+        memory_after_cleanup_bytes=memory.resident_bytes(),
+        load_seconds=load_seconds,
+        first_token_seconds=speed.first_token_seconds,
+        seconds_50_tokens=speed.median_seconds,
+        seconds_50_tokens_runs=speed.seconds,
+        tokens_per_second=speed.tokens_per_second,
+        prefill_tokens_per_second=speed.prefill_tokens_per_second,
+        weight_bytes=weight_bytes,
+        bytes_per_token=token_bytes,
+        prompt_tokens=len(prompt),
+        **samples,
+    )
+    emit("done")
+
+
+def read_all(model: Any) -> None:
+    """Read every page of every tensor. safetensors maps files, so that weights are neither read nor resident until used."""
+    import torch
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.detach().reshape(-1).view(torch.uint8)[::512].sum()
+
+
+def end_with_parent() -> None:
+    """Ask the kernel (Linux) to end this process when the one that started it dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def bytes_per_token(model: Any) -> int:
+    """Bytes of weights that one new token must read: all but the embedding tables that are only looked up."""
+    from torch import nn
+
+    from nybble.run import tensor_bytes
+
+    read_whole = {id(m.weight) for m in model.modules() if hasattr(m, "weight") and not isinstance(m, nn.Embedding)}
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in read_whole]
+    looked_up = {id(m.weight): (tensor_bytes(m), m.num_embeddings) for m in tables}
+    return tensor_bytes(model) - sum(size - size // entries for size, entries in looked_up.values())
+
+
+def _windows(job: Job, model: Any) -> Any:
+    from nybble.calibrate.windows import encode, token_windows
+    from nybble.models.loading import context_length, load_tokenizer
+
+    if job.text is None:
+        return None
+    length = job.window or min(context_length(model), 1024)
+    ids, bos = encode(load_tokenizer(job.folder), Path(job.text).read_text(encoding="utf-8"))
+    return token_windows(ids, length, job.windows, bos, job.protocol, job.stride)
+
+
+def _importance(job: Job, model: Any, methods: list[str]) -> Any:
+    from nybble.calibrate.importance import input_importance
+    from nybble.calibrate.windows import encode, token_windows
+    from nybble.methods import parse_method
+    from nybble.models.loading import context_length, load_tokenizer
+    from nybble.run import CALIBRATION_WINDOWS
+
+    if job.calibration is None or not any(m != "cast" and parse_method(m).uses_importance for m in methods):
+        return None
+    ids, bos = encode(load_tokenizer(job.folder), Path(job.calibration).read_text(encoding="utf-8"))
+    length = min(context_length(model), 1024)
+    windows = token_windows(ids, length, CALIBRATION_WINDOWS, bos, "paper", None)
+    return input_importance(model, windows.ids, lambda done, total: emit("progress", what="calibration", done=done, total=total))
+
+
+def _random_prompt(model: Any, seed: int) -> list[int]:
+    import numpy as np
+
+    vocabulary = model.config.get_text_config().vocab_size
+    return [int(i) for i in np.random.default_rng(seed).integers(0, vocabulary, size=8)]
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point of both kinds of process."""
+    kind, path, *rest = arguments
+    end_with_parent()
+    try:
+        job = Job.read(path)
+        if kind == "quality":
+            quality(job)
+        elif kind == "shape":
+            from nybble.models.shapes import make_shape
+
+            make_shape(rest[0], Path(job.folder), job.seed)
+            emit("done")
+        else:
+            measure(job, Path(rest[0]))
+    except NybbleError as error:
+        emit("error", type=type(error).__name__, message=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

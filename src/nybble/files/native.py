@@ -1,0 +1,132 @@
+"""nybble's own container: a Hugging Face folder whose safetensors file holds packed tensors.
+
+For a weight `NAME` of format F the file holds one tensor `NAME.SUFFIX` per entry of `F.storage(shape)`, e.g.
+`transformer.wte.weight.codes` (uint8, rows packed as a little-endian bit stream) and `transformer.wte.weight.scale`;
+everything that stays in float stands under its own name. A weight is [out, in], also where the original layer stores
+[in, out] (GPT-2's Conv1D). config.json carries
+
+    "quantization_config": {"quant_method": "nybble", "container": 1, "tensors": {NAME: {"format": SPEC, "shape": [N, K]}}}
+
+and the safetensors metadata the provenance: which source, plan, method and versions made the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nybble.errors import FileFormatError, InputError, UsageError
+from nybble.files.safetensors import SafetensorsFile, write
+from nybble.formats import QTensor, parse_format
+
+CONTAINER = 1
+WEIGHTS = "model.safetensors"
+PROVENANCE = "nybble"
+"""Key of the safetensors metadata that holds the provenance as JSON."""
+
+TaggedArray = tuple[str, NDArray[Any]]
+"""(safetensors dtype tag, array): the tag tells bf16 from the uint16 that numpy sees."""
+
+
+@dataclass(frozen=True)
+class NativeFile:
+    """An open container: its provenance, which tensors are packed, and how to read them."""
+
+    file: SafetensorsFile
+    provenance: dict[str, Any]
+    packed: dict[str, tuple[str, tuple[int, int]]]
+    """Name -> (format spec, shape)."""
+
+    def read(self, name: str) -> QTensor:
+        """The packed tensor of this name. Raises FileFormatError when its arrays do not fit its format."""
+        spec, shape = self.packed[name]
+        fmt = parse_format(spec)
+        try:
+            stored = {suffix: self.file.read(f"{name}.{suffix}").copy() for suffix in fmt.storage(shape)}
+            return QTensor.from_stored(fmt, stored, shape)
+        except (ValueError, InputError) as error:
+            raise FileFormatError(f"{self.file.path}: tensor {name!r}: {error}") from error
+
+    def read_all(self) -> dict[str, QTensor]:
+        """Every packed tensor, by name."""
+        return {name: self.read(name) for name in self.packed}
+
+
+def write_native(
+    folder: Path, tensors: Mapping[str, QTensor], floats: Iterable[tuple[str, TaggedArray]], provenance: Mapping[str, Any]
+) -> int:
+    """Write `model.safetensors` into a folder; returns its size in bytes."""
+    arrays: dict[str, NDArray[Any]] = {}
+    tags: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        for suffix, array in tensor.stored().items():
+            arrays[f"{name}.{suffix}"] = array
+        if str(tensor.format) == "bf16":
+            tags[f"{name}.values"] = "BF16"
+    for name, (tag, array) in floats:
+        arrays[name], tags[name] = array, tag
+    return write(folder / WEIGHTS, arrays, {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}, tags)
+
+
+def config_entry(tensors: Mapping[str, QTensor]) -> dict[str, Any]:
+    """`quantization_config` for config.json."""
+    packed = {name: {"format": str(t.format), "shape": list(t.shape)} for name, t in tensors.items()}
+    return {"quant_method": "nybble", "container": CONTAINER, "tensors": packed}
+
+
+def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]]]:
+    """Name -> (format spec, shape) of a `quantization_config`. Raises FileFormatError for one that is not ours."""
+    if entry.get("quant_method") != "nybble":
+        raise FileFormatError(f"quant_method is {entry.get('quant_method')!r}, not 'nybble'")
+    if entry.get("container") != CONTAINER:
+        raise FileFormatError(f"container version {entry.get('container')!r}; this nybble reads {CONTAINER}")
+    packed = {}
+    for name, item in entry.get("tensors", {}).items():
+        try:
+            rows, columns = item["shape"]
+            if not (type(rows) is int and type(columns) is int and rows > 0 and columns > 0):
+                raise ValueError(f"shape {item['shape']} is not two positive integers")
+            packed[name] = (str(parse_format(item["format"])), (rows, columns))
+        except (TypeError, KeyError, ValueError, UsageError) as error:
+            raise FileFormatError(f"quantization_config of tensor {name!r}: {error}") from error
+    return packed
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder says of itself that it is this container."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(entry, dict) and entry.get("quant_method") == "nybble"
+
+
+def open_native(folder: str | Path) -> NativeFile:
+    """Open a folder written by `write_native`. Raises InputError when it is missing, FileFormatError when it is broken."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {folder / 'config.json'}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileFormatError(f"{folder / 'config.json'} is not JSON: {error}") from error
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(entry, dict):
+        raise FileFormatError(f"{folder} is not quantized: its config.json has no quantization_config")
+    file = SafetensorsFile(folder / WEIGHTS)
+    packed = read_entry(entry)
+    for name, (spec, shape) in packed.items():
+        for suffix in parse_format(spec).storage(shape):
+            if f"{name}.{suffix}" not in file.entries:
+                raise FileFormatError(f"{file.path} lacks tensor {f'{name}.{suffix}'!r}, which config.json names")
+    try:
+        provenance = json.loads(file.metadata.get(PROVENANCE, "{}"))
+    except ValueError as error:
+        raise FileFormatError(f"{file.path}: its provenance is not JSON: {error}") from error
+    return NativeFile(file, provenance, packed)

@@ -1,0 +1,208 @@
+"""The contract of a number format, and the parts that every format shares.
+
+A format answers two questions for a weight [N, K] = [out, in]: which values can a block hold (`levels`, `grid`), and
+what is stored for it (`storage`, `bits_per_weight`). The value that a code stands for is always
+
+    value = scale * (levels[code] - offset)          all in float32
+
+with scale and offset shared by the columns of one block. A block is a run of `block` columns of one row; the last block
+of a row may be shorter (K = 172, block 64: 64 + 64 + 44). `tensor` granularity is one block for the whole matrix.
+
+Which code a weight gets is a method's business; `encode` is rounding to the nearest value, which all methods need.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble import kernels
+from nybble.errors import NumericError
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Codes = NDArray[np.unsignedinteger]
+Params = dict[str, NDArray[np.generic]]
+Granularity = Literal["tensor", "channel"] | int
+
+SLAB_WEIGHTS = 1 << 22
+"""Weights worked on at once: temporaries in float64 stay below 100 MB whatever the size of the matrix."""
+
+
+class Format(ABC):
+    """A number format. Subclasses are frozen dataclasses: equal specs are equal formats.
+
+    Rounding is to nearest, ties to even unless the subclass says otherwise. Params are rounded to storage precision
+    before codes are chosen. A block of zeros has scale 0 and decodes to zeros. NaN or infinite weights, and scales that
+    overflow their storage type, raise NumericError.
+    """
+
+    name: str
+    """First part of the spec string: `int4`, `nf4`, `fp16`."""
+    bits: int
+    """Bits of one code."""
+    granularity: Granularity
+    """`tensor`, `channel` (one block a row), or the number of columns of a block."""
+    is_cast: bool = False
+    """A floating format: no params, codes are the bit patterns of the floats."""
+
+    @property
+    @abstractmethod
+    def levels(self) -> Float32:
+        """float32 [2**bits]: the value of each code before scaling."""
+
+    @property
+    def independent(self) -> bool:
+        """Whether a block's params can be fitted without its neighbours (false for double quantization)."""
+        return True
+
+    @abstractmethod
+    def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
+        """Params for a weight [N, K], in storage precision.
+
+        Without importance, from the plain range of each block. With importance ([K] or [N, K], non-negative), those
+        that minimise the importance-weighted squared error, by search; never worse than the plain range.
+        Raises NumericError for weights that are not finite and for scales that overflow.
+        """
+
+    @abstractmethod
+    def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
+        """(scale, offset), float32 [N, blocks] each, or [1, 1] per tensor; offset None means zero."""
+
+    @abstractmethod
+    def encode(self, weight: Float32, params: Params) -> Codes:
+        """Codes [N, K] of the representable values nearest to the weight [N, K]."""
+
+    @abstractmethod
+    def storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What is stored for a weight of this shape: suffix -> (numpy dtype name, shape)."""
+
+    @abstractmethod
+    def to_storage(self, codes: Codes, params: Params) -> dict[str, NDArray[np.generic]]:
+        """The arrays of `storage`, made from codes and params."""
+
+    @abstractmethod
+    def from_storage(self, stored: dict[str, NDArray[np.generic]], shape: tuple[int, int]) -> tuple[Codes, Params]:
+        """Inverse of `to_storage`, to the bit."""
+
+    @abstractmethod
+    def max_error(self, params: Params) -> Float64:
+        """The stated bound of |w - decode(encode(w))| for plain `fit` params, float64 [N, blocks] or [1, 1]."""
+
+    def block(self, columns: int) -> int:
+        """Columns that share scale and offset, for a row of `columns`."""
+        return self.granularity if isinstance(self.granularity, int) else columns
+
+    def blocks(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the scales: (N, blocks a row), or (1, 1) per tensor."""
+        rows, columns = shape
+        return (1, 1) if self.granularity == "tensor" else (rows, -(-columns // self.block(columns)))
+
+    def decode(self, codes: Codes, params: Params) -> Float32:
+        """float32 [N, K]: the weight that codes and params stand for. This is the definition that kernels must match."""
+        scale, offset = self.grid(params)
+        values = self.levels[codes]
+        if offset is not None:
+            values -= spread(offset, codes.shape[1], self.block(codes.shape[1]))
+        values *= spread(scale, codes.shape[1], self.block(codes.shape[1]))
+        return values
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """All bits stored for a weight of this shape: codes, scales, offsets, the padding of rows to whole bytes."""
+        return sum(8 * np.dtype(dtype).itemsize * int(np.prod(size)) for dtype, size in self.storage(shape).values())
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """`stored_bits` over the number of weights; equal to the bytes in the file."""
+        return self.stored_bits(shape) / (shape[0] * shape[1])
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The spec string: `parse_format(str(f)) == f`."""
+
+
+class PackedFormat(Format):
+    """A format whose codes of 1 to 8 bits are packed row by row (see `kernels.pack`)."""
+
+    def storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        rows, columns = shape
+        return {"codes": ("uint8", (rows, kernels.row_bytes(columns, self.bits))), **self.param_storage(shape)}
+
+    @abstractmethod
+    def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """`storage` without the codes."""
+
+    def to_storage(self, codes: Codes, params: Params) -> dict[str, NDArray[np.generic]]:
+        return {"codes": kernels.pack(np.ascontiguousarray(codes, dtype=np.uint8), self.bits), **params}
+
+    def from_storage(self, stored: dict[str, NDArray[np.generic]], shape: tuple[int, int]) -> tuple[Codes, Params]:
+        packed = np.ascontiguousarray(stored["codes"], dtype=np.uint8)
+        codes = kernels.unpack(packed, shape[1], self.bits)
+        return codes, {name: array for name, array in stored.items() if name != "codes"}
+
+
+def granularity_suffix(granularity: Granularity) -> str:
+    """`:tensor`, `:channel`, `:g64`."""
+    return f":g{granularity}" if isinstance(granularity, int) else f":{granularity}"
+
+
+def scale_dtype(granularity: Granularity) -> str:
+    """Storage type of scales: float16 for groups, float32 where there is one for a row or tensor and it costs nothing."""
+    return "float16" if isinstance(granularity, int) else "float32"
+
+
+def blocked(weight: NDArray[np.generic], granularity: Granularity) -> NDArray[np.generic]:
+    """[N, K] seen as [rows, blocks, columns of a block]; a short last block is filled up with zeros (a copy)."""
+    rows, columns = weight.shape
+    if granularity == "tensor":
+        return weight.reshape(1, 1, rows * columns)
+    if granularity == "channel":
+        return weight.reshape(rows, 1, columns)
+    missing = -columns % granularity
+    if missing:
+        weight = np.pad(weight, ((0, 0), (0, missing)))
+    return weight.reshape(rows, -1, granularity)
+
+
+def spread(values: NDArray[np.generic], columns: int, block: int) -> NDArray[np.generic]:
+    """Per-block values [N, blocks] repeated to [N, columns]; [N or 1, 1] is left to broadcasting."""
+    return values if values.shape[1] == 1 else np.repeat(values, block, axis=1)[:, :columns]
+
+
+def check_finite(weight: NDArray[np.generic]) -> None:
+    """Raise NumericError that says how many weights are not finite and where the first one is."""
+    bad = ~np.isfinite(weight)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        raise NumericError(
+            f"{int(bad.sum())} of {weight.size} weights are not finite, the first is {weight[row, column]} "
+            f"at row {row}, column {column}; repair the checkpoint or keep this tensor in float"
+        )
+
+
+def store_up(values: Float64, dtype: str) -> NDArray[np.floating]:
+    """Non-negative values rounded up to a storage type, so that the largest weight of a block is never clipped.
+
+    Raises NumericError when a value exceeds the type's largest (65504 for float16).
+    """
+    target = np.dtype(dtype)
+    largest = float(np.finfo(target).max)
+    if values.size and float(values.max()) > largest:
+        at = tuple(int(i) for i in np.unravel_index(int(values.argmax()), values.shape))
+        raise NumericError(
+            f"scale {values.max():.3g} of block {at} exceeds {largest:.5g}, the largest {dtype}; "
+            "use per-channel scales (float32) or keep this tensor in float"
+        )
+    stored = values.astype(target)
+    too_small = stored.astype(np.float64) < values
+    stored[too_small] = np.nextafter(stored[too_small], target.type(np.inf))
+    return stored
+
+
+def slabs(shape: tuple[int, int]) -> list[slice]:
+    """Rows in runs of at most SLAB_WEIGHTS weights (one row at least)."""
+    rows, columns = shape
+    step = max(1, SLAB_WEIGHTS // max(1, columns))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]

@@ -1,0 +1,128 @@
+"""Integers of 2 to 8 bits: symmetric (absmax) and asymmetric (zero point), per tensor, channel or group.
+
+    symmetric    value = scale * (code - 2^(bits-1))      levels -128..127 for int8
+    asymmetric   value = scale * (code - zero)            zero: an integer code, 0 .. 2^bits - 1
+
+The plain symmetric range is absmax / (2^(bits-1) - 1): int8 uses 127, so that both ends are representable; a searched
+scale may be negative and then uses the extra level at the other end. The plain asymmetric range spans
+[min(w, 0), max(w, 0)] in 2^bits - 1 steps; zero is exactly representable. Scales are float16 in groups, float32 otherwise,
+rounded up so that nothing clips; zero points are packed at `bits` bits. Division is in float64, rounding half to even.
+Bound: |w - value| <= scale / 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nybble import kernels
+from nybble.formats.base import (
+    Codes,
+    Float32,
+    Float64,
+    Granularity,
+    PackedFormat,
+    Params,
+    blocked,
+    check_finite,
+    granularity_suffix,
+    scale_dtype,
+    slabs,
+    spread,
+    store_up,
+)
+from nybble.formats.search import blocked_importance, search_affine, search_scale
+from nybble.formats.spec import check_options
+
+ROUNDING = 1 + 2.0**-22
+"""float32 rounding of the decoded value, on top of half a step."""
+
+
+@dataclass(frozen=True)
+class Integer(PackedFormat):
+    """`int2` to `int8`. Storage: codes, `scale`, and for asymmetric ones `zero`."""
+
+    bits: int
+    granularity: Granularity
+    asymmetric: bool = False
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # derived from bits here
+        return f"int{self.bits}"
+
+    @property
+    def levels(self) -> Float32:
+        zero = 0 if self.asymmetric else 2 ** (self.bits - 1)
+        return np.arange(2**self.bits, dtype=np.float32) - np.float32(zero)
+
+    def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
+        check_finite(weight)
+        view = blocked(weight, self.granularity)
+        dtype = scale_dtype(self.granularity)
+        if self.asymmetric:
+            low = np.minimum(view.min(-1), 0).astype(np.float64)
+            high = np.maximum(view.max(-1), 0).astype(np.float64)
+            scale = store_up((high - low) / (2**self.bits - 1), dtype)
+            zero = np.rint(-low / _divisor(scale)).clip(0, 2**self.bits - 1).astype(np.uint8)
+            if importance is not None:
+                weights = blocked_importance(importance, weight.shape, self.granularity)
+                scale, zero = search_affine(view, weights, self.bits, scale, zero)
+            return {"scale": scale, "zero": kernels.pack(zero, self.bits)}
+        scale = store_up(np.abs(view).max(-1).astype(np.float64) / (2 ** (self.bits - 1) - 1), dtype)
+        if importance is not None:
+            weights = blocked_importance(importance, weight.shape, self.granularity)
+            scale = search_scale(view, weights, self._snap, float(2 ** (self.bits - 1)), scale, both_signs=True)
+        return {"scale": scale}
+
+    def _snap(self, ratio: Float32) -> Float32:
+        """Nearest level of weight / scale."""
+        half = 2 ** (self.bits - 1)
+        return np.clip(np.rint(ratio), -half, half - 1)
+
+    def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
+        scale = params["scale"].astype(np.float32)
+        if not self.asymmetric:
+            return scale, None
+        return scale, kernels.unpack(params["zero"], scale.shape[1], self.bits).astype(np.float32)  # type: ignore[arg-type]
+
+    def encode(self, weight: Float32, params: Params) -> Codes:
+        check_finite(weight)
+        scale, zero = self.grid(params)
+        columns, block = weight.shape[1], self.block(weight.shape[1])
+        zero_code = np.full_like(scale, 2 ** (self.bits - 1)) if zero is None else zero
+        codes = np.empty(weight.shape, dtype=np.uint8)
+        for rows in slabs(weight.shape):
+            part = rows if scale.shape[0] > 1 else slice(None)
+            steps = np.rint(weight[rows] / spread(_divisor(scale[part]), columns, block))
+            steps += spread(zero_code[part], columns, block)
+            codes[rows] = np.clip(steps, 0, 2**self.bits - 1, out=steps)
+        return codes
+
+    def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        rows, blocks = self.blocks(shape)
+        stored: dict[str, tuple[str, tuple[int, ...]]] = {"scale": (scale_dtype(self.granularity), (rows, blocks))}
+        if self.asymmetric:
+            stored["zero"] = ("uint8", (rows, kernels.row_bytes(blocks, self.bits)))
+        return stored
+
+    def max_error(self, params: Params) -> Float64:
+        return np.abs(params["scale"].astype(np.float64)) / 2 * ROUNDING
+
+    def __str__(self) -> str:
+        return f"{self.name}{granularity_suffix(self.granularity)}{',asym' if self.asymmetric else ''}"
+
+
+def _divisor(scale: np.ndarray) -> Float64:
+    """Scale in float64 to divide by; 1 where it is zero (a block of zeros: the quotient is zero)."""
+    wide = scale.astype(np.float64)
+    wide[wide == 0] = 1.0
+    return wide
+
+
+def _build(name: str, granularity: Granularity | None, options: frozenset[str]) -> Integer:
+    check_options(name, options, {"asym"})
+    return Integer(int(name.removeprefix("int")), granularity or "channel", "asym" in options)
+
+
+NAMES = {f"int{bits}": _build for bits in range(2, 9)}

@@ -1,0 +1,248 @@
+// The kernels, written once over a small vector type `Simd` (in scalar.cpp, avx2.cpp, avx512.cpp).
+//
+// Included inside `namespace nybble::<instruction set>` after Simd is defined; must stay free of C++ library headers
+// (kernels.hpp says why). Simd gives: W lanes, Float and Int vectors, codes<B>(bytes) -> Int (the W codes of B bits
+// that start at a byte; bits above B may be set), Map<B, Affine> (codes -> levels) and arithmetic.
+//
+// Numbers: decode is scale * (level - offset), each step rounded to float32, equal to the reference to the bit.
+// matmul keeps W partial sums in two chains per block, then adds block * scale to the row's sums and folds the lanes
+// once a row; the order depends on the instruction set only, never on M or on threads.
+
+template <int B>
+inline void pack_rows(const std::uint8_t* codes, std::uint8_t* packed, std::size_t rows, std::size_t columns) {
+    const std::size_t row_bytes = (columns * B + 7) / 8;
+    for (std::size_t n = 0; n < rows; ++n) {
+        const std::uint8_t* from = codes + n * columns;
+        std::uint8_t* to = packed + n * row_bytes;
+        std::size_t k = 0;
+        for (; k + 8 <= columns; k += 8, to += B) {  // 8 codes are B whole bytes
+            std::uint64_t word = 0;
+            for (int i = 0; i < 8; ++i) word |= std::uint64_t(from[k + i]) << (i * B);
+            for (int i = 0; i < B; ++i) to[i] = std::uint8_t(word >> (8 * i));
+        }
+        if (k < columns) {
+            std::uint64_t word = 0;
+            for (std::size_t i = 0; k + i < columns; ++i) word |= std::uint64_t(from[k + i]) << (i * B);
+            for (std::size_t i = 0; i < ((columns - k) * B + 7) / 8; ++i) to[i] = std::uint8_t(word >> (8 * i));
+        }
+    }
+}
+
+template <int B>
+inline void unpack_row(const std::uint8_t* from, std::uint8_t* to, std::size_t columns) {
+    constexpr std::uint64_t mask = (1u << B) - 1;
+    std::size_t k = 0;
+    for (; k + 8 <= columns; k += 8, from += B) {
+        std::uint64_t word = 0;
+        for (int i = 0; i < B; ++i) word |= std::uint64_t(from[i]) << (8 * i);
+        for (int i = 0; i < 8; ++i) to[k + i] = std::uint8_t((word >> (i * B)) & mask);
+    }
+    if (k < columns) {
+        std::uint64_t word = 0;
+        for (std::size_t i = 0; i < ((columns - k) * B + 7) / 8; ++i) word |= std::uint64_t(from[i]) << (8 * i);
+        for (std::size_t i = 0; k + i < columns; ++i) to[k + i] = std::uint8_t((word >> (i * B)) & mask);
+    }
+}
+
+// Calls f.template operator()<B>() for the run-time value of bits.
+template <class F>
+inline void with_bits(int bits, F f) {
+    switch (bits) {
+        case 1:
+            f.template operator()<1>();
+            break;
+        case 2:
+            f.template operator()<2>();
+            break;
+        case 3:
+            f.template operator()<3>();
+            break;
+        case 4:
+            f.template operator()<4>();
+            break;
+        case 5:
+            f.template operator()<5>();
+            break;
+        case 6:
+            f.template operator()<6>();
+            break;
+        case 7:
+            f.template operator()<7>();
+            break;
+        default:
+            f.template operator()<8>();
+            break;
+    }
+}
+
+static void pack(const std::uint8_t* codes, std::uint8_t* packed, std::size_t rows, std::size_t columns, int bits) {
+    with_bits(bits, [&]<int B>() { pack_rows<B>(codes, packed, rows, columns); });
+}
+
+static void unpack(const std::uint8_t* packed, std::uint8_t* codes, std::size_t rows, std::size_t columns, int bits) {
+    with_bits(bits, [&]<int B>() {
+        const std::size_t row_bytes = (columns * B + 7) / 8;
+        for (std::size_t n = 0; n < rows; ++n) unpack_row<B>(packed + n * row_bytes, codes + n * columns, columns);
+    });
+}
+
+// One row made ready: float scales and offsets, and codes that start on a byte in every block.
+struct Row {
+    const std::uint8_t* codes;
+    const float* scale;
+    const float* offset;  // nullptr: no offsets
+    std::size_t block_bytes;
+};
+
+// The floats of one row of scales; halves are converted to scratch.
+static const float* as_floats(const void* all, bool half, std::size_t start, std::size_t count, float* scratch) {
+    if (!half) return static_cast<const float*>(all) + start;
+    Simd::halves(static_cast<const std::uint16_t*>(all) + start, count, scratch);
+    return scratch;
+}
+
+// True when blocks start inside a byte (an odd group of 3-bit codes, say): such rows go through one code a byte.
+static bool straddles(const Weight& w) { return w.blocks > 1 && (w.block * std::size_t(w.bits)) % 8 != 0; }
+
+template <int B>
+inline Row prepare(const Weight& w, std::size_t n, bool bytes, void* scratch) {
+    const std::size_t parameters = ((w.blocks + 2 * kPad) * sizeof(float) + 63) / 64 * 64;
+    auto* area = static_cast<std::uint8_t*>(scratch);
+    Row row;
+    row.scale = as_floats(w.scale, w.scale_half, n * w.scale_stride, w.blocks, reinterpret_cast<float*>(area));
+    row.offset = w.offset == nullptr ? nullptr
+                                     : as_floats(w.offset, w.offset_half, n * w.offset_stride, w.blocks,
+                                                 reinterpret_cast<float*>(area + parameters));
+    const std::uint8_t* packed = w.packed + n * w.row_bytes;
+    if (bytes) {
+        std::uint8_t* codes = area + 2 * parameters;
+        with_bits(w.bits, [&]<int C>() { unpack_row<C>(packed, codes, w.columns); });
+        row.codes = codes;
+    } else if (std::size_t(w.packed_end - packed) < w.row_bytes + kOverread) {
+        std::uint8_t* copy = area + 2 * parameters;
+        __builtin_memcpy(copy, packed, w.row_bytes);
+        row.codes = copy;
+    } else {
+        row.codes = packed;
+    }
+    row.block_bytes = w.block * B / 8;
+    return row;
+}
+
+template <int B, bool Affine>
+static void decode_one(const Weight& w, std::size_t n, bool bytes, float* out, void* scratch) {
+    const typename Simd::template Map<B, Affine> map(w);
+    const Row row = prepare<B>(w, n, bytes, scratch);
+    for (std::size_t g = 0; g < w.blocks; ++g) {
+        const std::uint8_t* codes = row.codes + g * row.block_bytes;
+        const std::size_t begin = g * w.block;
+        const std::size_t length = w.columns - begin < w.block ? w.columns - begin : w.block;
+        const auto scale = Simd::all(row.scale[g]);
+        const auto offset = Simd::all(row.offset == nullptr ? 0.0f : row.offset[g]);
+        std::size_t k = 0;
+        for (; k + Simd::W <= length; k += Simd::W, codes += Simd::W * B / 8)
+            Simd::store(out + begin + k, Simd::mul(scale, Simd::sub(map(Simd::template codes<B>(codes)), offset)));
+        if (k < length) {
+            alignas(64) float last[Simd::W];
+            Simd::store(last, Simd::mul(scale, Simd::sub(map(Simd::template codes<B>(codes)), offset)));
+            __builtin_memcpy(out + begin + k, last, (length - k) * sizeof(float));
+        }
+    }
+}
+
+static void decode_row(const Weight& w, std::size_t n, float* out, void* scratch) {
+    const bool bytes = straddles(w);
+    with_bits(bytes ? 8 : w.bits, [&]<int B>() {
+        if (w.affine)
+            decode_one<B, true>(w, n, bytes, out, scratch);
+        else
+            decode_one<B, false>(w, n, bytes, out, scratch);
+    });
+}
+
+// T activations against one row. Two chains a block hide the latency of the additions.
+template <int B, int T, class M>
+inline void row_tile(const Weight& w, const Row& row, const M& map, const Activations& x, std::size_t m, float* y,
+                     std::size_t n) {
+    typename Simd::Float total[T];
+    float correction[T];
+    const float* values[T];
+    const std::size_t stride = w.blocks * x.padded;
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+        total[t] = Simd::all(0.0f);
+        correction[t] = 0.0f;
+        values[t] = x.values + (m + t) * stride;
+    }
+    constexpr std::size_t step = Simd::W * B / 8;
+    for (std::size_t g = 0; g < w.blocks; ++g) {
+        const std::uint8_t* codes = row.codes + g * row.block_bytes;
+        const std::size_t begin = g * w.block;
+        const std::size_t length = w.columns - begin < w.block ? w.columns - begin : w.block;
+        const std::size_t vectors = (length + Simd::W - 1) / Simd::W;
+        typename Simd::Float even[T], odd[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) even[t] = odd[t] = Simd::all(0.0f);
+        std::size_t v = 0;
+        const std::size_t at = g * x.padded;
+        for (; v + 2 <= vectors; v += 2, codes += 2 * step) {
+            const auto a = map(Simd::template codes<B>(codes));
+            const auto b = map(Simd::template codes<B>(codes + step));
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                even[t] = Simd::fma(a, Simd::load(values[t] + at + v * Simd::W), even[t]);
+                odd[t] = Simd::fma(b, Simd::load(values[t] + at + (v + 1) * Simd::W), odd[t]);
+            }
+        }
+        if (v < vectors) {
+            const auto a = map(Simd::template codes<B>(codes));
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) even[t] = Simd::fma(a, Simd::load(values[t] + at + v * Simd::W), even[t]);
+        }
+        const auto scale = Simd::all(row.scale[g]);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) total[t] = Simd::fma(scale, Simd::add(even[t], odd[t]), total[t]);
+        if (row.offset != nullptr) {
+            const float shift = row.scale[g] * row.offset[g];
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) correction[t] += shift * x.sums[(m + t) * w.blocks + g];
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) y[(m + t) * w.rows + n] = Simd::fold(total[t]) - correction[t];
+}
+
+template <int B, bool Affine>
+static void matmul_rows(const Weight& w, const Activations& x, bool bytes, float* y, std::size_t first,
+                        std::size_t last, void* scratch) {
+    const typename Simd::template Map<B, Affine> map(w);
+    for (std::size_t n = first; n < last; ++n) {
+        const Row row = prepare<B>(w, n, bytes, scratch);
+        std::size_t m = 0;
+        for (; m + 4 <= x.count; m += 4) row_tile<B, 4>(w, row, map, x, m, y, n);
+        if (m + 2 <= x.count) row_tile<B, 2>(w, row, map, x, m, y, n), m += 2;
+        if (m < x.count) row_tile<B, 1>(w, row, map, x, m, y, n);
+    }
+}
+
+static void matmul(const Weight& w, const Activations& x, float* y, std::size_t first, std::size_t last,
+                   void* scratch) {
+    const bool bytes = straddles(w);
+    with_bits(bytes ? 8 : w.bits, [&]<int B>() {
+        if (w.affine)
+            matmul_rows<B, true>(w, x, bytes, y, first, last, scratch);
+        else
+            matmul_rows<B, false>(w, x, bytes, y, first, last, scratch);
+    });
+}
+
+static std::uint64_t sum(const std::uint64_t* words, std::size_t count) {
+    std::uint64_t parts[32] = {};
+    std::size_t i = 0;
+    for (; i + 32 <= count; i += 32)
+        for (int j = 0; j < 32; ++j) parts[j] += words[i + j];
+    for (; i < count; ++i) parts[0] += words[i];
+    std::uint64_t total = 0;
+    for (int j = 0; j < 32; ++j) total += parts[j];
+    return total;
+}

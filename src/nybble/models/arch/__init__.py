@@ -1,0 +1,72 @@
+"""What nybble knows of an architecture, as data: one table a file, found by the `model_type` of config.json.
+
+A table names the matrices of one block and their roles, which of them are stored transposed, and what is tied. An
+architecture without a table takes the generic path: everything is read off the modules themselves, and roles are unknown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass, field
+from functools import cache
+
+_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture's table. Names are those of Hugging Face parameters, without `.weight`."""
+
+    model_types: tuple[str, ...]
+    """Values of config.json's `model_type` that this table is for."""
+    block: str = ""
+    """Prefix of a block's modules, `{i}` standing for its index."""
+    linears: dict[str, str] = field(default_factory=dict)
+    """Matrices of a block in the order they run: name inside the block -> role."""
+    transposed: frozenset[str] = frozenset()
+    """Those of `linears` that are stored [in, out] (GPT-2's Conv1D)."""
+    others: dict[str, str] = field(default_factory=dict)
+    """Embeddings and head: name -> role."""
+    tied: tuple[str, str] | None = None
+    """(head, embedding) that share one tensor when config.json says `tie_word_embeddings`."""
+
+    def block_of(self, name: str) -> int | None:
+        """Index of the block that holds a parameter, None outside the blocks."""
+        if self.block:
+            prefix = re.escape(self.block).replace(r"\{i\}", r"(\d+)")
+            match = re.match(rf"{prefix}\.", name)
+        else:
+            match = _INDEX.search(name)
+        return int(match.group(1)) if match else None
+
+    def role_of(self, name: str) -> str:
+        """Role of a parameter (`query, key and value`, `position table`), empty when the table does not say."""
+        module = name.removesuffix(".weight")
+        block = self.block_of(name)
+        if block is not None and self.block:
+            return self.linears.get(module.removeprefix(self.block.format(i=block) + "."), "")
+        return self.others.get(module, "")
+
+
+GENERIC = Architecture(model_types=())
+
+
+@cache
+def _tables() -> dict[str, Architecture]:
+    tables: dict[str, Architecture] = {}
+    for module in pkgutil.iter_modules(__path__):
+        table: Architecture = importlib.import_module(f"{__name__}.{module.name}").TABLE
+        tables.update(dict.fromkeys(table.model_types, table))
+    return tables
+
+
+def table_for(model_type: str) -> Architecture:
+    """The table of a `model_type`; the generic one when there is none."""
+    return _tables().get(model_type, GENERIC)
+
+
+def tables() -> dict[str, Architecture]:
+    """All tables by `model_type`."""
+    return dict(_tables())

@@ -1,0 +1,135 @@
+"""Float and packed models through transformers, with errors in one line and nothing random left in them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from nybble.errors import FileFormatError, InputError
+from nybble.models import hf_quantizer as _registers_itself  # noqa: F401
+from nybble.models.checkpoint import open_checkpoint
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a folder, float or packed by nybble, in eval mode on the CPU. `dtype` is that of its float tensors.
+
+    Raises InputError or FileFormatError when the folder is missing, broken, incomplete, or of an unknown architecture.
+    """
+    checkpoint = open_checkpoint(folder)
+    cls = _model_class(checkpoint.config)
+    with quiet():
+        try:
+            model, info = cls.from_pretrained(
+                checkpoint.folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+            raise InputError(f"transformers cannot load {checkpoint.folder}: {_first_line(error)}") from error
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(m[0]) for m in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        names = ", ".join((missing + mismatched)[:3])
+        raise FileFormatError(
+            f"{checkpoint.folder} does not fill its model: {len(missing)} tensors missing, {len(mismatched)} of another "
+            f"shape ({names}{', ...' if len(missing + mismatched) > 3 else ''}); is config.json of another model?"
+        )
+    if dtype in (torch.float16, torch.bfloat16):
+        lay_out_for_half(model)
+    return model.eval()
+
+
+def lay_out_for_half(model: PreTrainedModel) -> None:
+    """Hold GPT-2's Conv1D weights [in, out] as views of [out, in] memory: torch's half-precision products on a CPU take
+    ten times as long in the other order (measured: 2048 x 256 x 1024 in fp16, 590 ms against 56)."""
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            module.weight.data = module.weight.data.T.contiguous().T
+
+
+def empty_model(folder: str | Path) -> PreTrainedModel:
+    """The model of a folder without its weights, on the meta device: for plans. Same errors as `load_model`."""
+    checkpoint = open_checkpoint(folder)
+    cls = _model_class(checkpoint.config)
+    with quiet(), torch.device("meta"):
+        try:
+            config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+            return cls._from_config(config, dtype=torch.float32).eval()
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"transformers cannot build {checkpoint.folder}: {_first_line(error)}") from error
+
+
+def warm_imports(config: dict[str, Any]) -> None:
+    """Import and start all that loading and running a model of this config needs, so that a measurement sees the model alone."""
+    _model_class(config)
+    AutoConfig.for_model(str(config["model_type"]))
+    torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64))
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder. Raises InputError when it has none that transformers can load."""
+    if not any((Path(folder) / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json); copy it there from the model's source")
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the tokenizers' Rust side raises bare Exception
+            raise InputError(f"transformers cannot load the tokenizer of {folder}: {_first_line(error)}") from error
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Positions the model can take. Raises InputError when its config does not say."""
+    config = model.config.get_text_config()
+    for key in ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "seq_length"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise InputError(f"the config of {type(model).__name__} states no context length; set max_position_embeddings in it")
+
+
+def _model_class(config: dict[str, Any]) -> Any:
+    """The class named by config.json's `architectures`, if transformers has it; the bare model otherwise."""
+    architectures = config.get("architectures") or []
+    if not architectures:
+        return AutoModel
+    cls = getattr(transformers, str(architectures[0]), None)
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
+        raise InputError(
+            f"architecture {architectures[0]!r} (model_type {config.get('model_type')!r}) is not part of "
+            f"transformers {transformers.__version__}"
+        )
+    return cls
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars, notes and warnings off a person's terminal; errors still come as exceptions."""
+    logger = transformers.utils.logging
+    verbosity, bars = logger.get_verbosity(), logger.is_progress_bar_enabled()
+    logger.set_verbosity(logging.CRITICAL)
+    logger.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.set_verbosity(verbosity)
+        if bars:
+            logger.enable_progress_bar()
+
+
+__all__ = ["DTYPES", "context_length", "empty_model", "lay_out_for_half", "load_model", "load_tokenizer", "quiet", "warm_imports"]

@@ -1,0 +1,162 @@
+"""A recipe says what is wanted; a plan is a recipe applied to one model, tensor by tensor. Pure: no weights are read.
+
+Every tensor of the model is a row. One that stays in floating point says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from nybble.errors import UsageError, unknown_name
+from nybble.formats import Format, parse_format
+from nybble.models.info import TensorInfo
+
+FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
+CAST_TAGS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is wanted of a model."""
+
+    format: str
+    """Spec string for every weight that no rule names."""
+    method: str = "rtn"
+    keep: tuple[str, ...] = ()
+    """Weights that stay in float: parameter or module names, their last parts, or globs of them."""
+    rules: tuple[tuple[str, str], ...] = ()
+    """(pattern, format spec) for some weights; the last match wins, `keep` before all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", str(parse_format(self.format)))
+        object.__setattr__(self, "rules", tuple((p, str(parse_format(f))) for p, f in self.rules))
+        object.__setattr__(self, "keep", tuple(self.keep))
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor and what becomes of it."""
+
+    tensor: TensorInfo
+    format: str | None
+    """Spec string, or None: it stays as it is."""
+    method: str | None
+    bits: int
+    """Everything stored for it."""
+    reason: str
+    """Why this and nothing else; notes such as short tail groups."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe applied to one model."""
+
+    recipe: Recipe
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def packed(self) -> tuple[PlanRow, ...]:
+        """The rows whose tensor is given a format."""
+        return tuple(row for row in self.rows if row.format is not None)
+
+    @property
+    def is_cast(self) -> bool:
+        """The whole model becomes one floating type, and stays a plain checkpoint of that type."""
+        return self.recipe.format in CAST_TAGS and not self.recipe.keep and not self.recipe.rules
+
+    @property
+    def bpw(self) -> float:
+        """Mean bits per weight over the packed weights."""
+        packed = self.packed
+        return sum(row.bits for row in packed) / max(1, sum(row.tensor.weights for row in packed))
+
+    @property
+    def bytes(self) -> int:
+        """All tensors as stored."""
+        return sum(-(-row.bits // 8) for row in self.rows)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results must know, one sentence each."""
+        tails = [row for row in self.packed if "short last block" in row.reason]
+        notes = []
+        if tails:
+            columns = sorted({row.tensor.shape[1] for row in tails})
+            notes.append(
+                f"{len(tails)} weights have rows of {', '.join(map(str, columns))} columns, which the block size does not "
+                "divide: the last block of each row is shorter and has a scale of its own"
+            )
+        kept = [row for row in self.rows if row.format is None and row.tensor.kind != "float"]
+        if kept:
+            notes.append(f"kept in float: {', '.join(row.tensor.name for row in kept)}")
+        return notes
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of recipe and rows."""
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def make_plan(tensors: Sequence[TensorInfo], recipe: Recipe) -> Plan:
+    """Decide for every tensor. Raises UsageError for a pattern that names no weight, and when nothing would be packed."""
+    for pattern in (*recipe.keep, *(p for p, _ in recipe.rules)):
+        if not any(_matches(pattern, t) for t in tensors):
+            names = [t.name.removesuffix(".weight") for t in tensors if t.kind != "float"]
+            raise unknown_name("weight in --keep or --rule", pattern, names)
+    rows = tuple(_decide(tensor, recipe) for tensor in tensors)
+    if not any(row.format for row in rows):
+        raise UsageError(f"nothing to quantize: {len(rows)} tensors, none of them left to pack; loosen --keep")
+    return Plan(recipe, rows)
+
+
+def _decide(tensor: TensorInfo, recipe: Recipe) -> PlanRow:
+    whole_cast = recipe.format in CAST_TAGS and not recipe.keep and not recipe.rules
+    if tensor.kind == "float":
+        if whole_cast and tensor.dtype in FLOAT_BITS:
+            bits = tensor.weights * FLOAT_BITS[CAST_TAGS[recipe.format]]
+            return PlanRow(tensor, None, None, bits, f"cast with the model; {tensor.reason}")
+        return PlanRow(tensor, None, None, _float_bits(tensor), tensor.reason)
+    for pattern in recipe.keep:
+        if _matches(pattern, tensor):
+            return PlanRow(tensor, None, None, _float_bits(tensor), f"kept by --keep {pattern}")
+    spec, reason = recipe.format, ""
+    for pattern, rule_format in recipe.rules:
+        if _matches(pattern, tensor):
+            spec, reason = rule_format, f"rule {pattern}"
+    fmt = parse_format(spec)
+    shape = (tensor.shape[0], tensor.shape[1])
+    notes = [reason, f"tied with {', '.join(tensor.aliases)}" if tensor.aliases else "", _tail(fmt, shape[1])]
+    method = "cast" if fmt.is_cast else recipe.method
+    return PlanRow(tensor, str(fmt), method, fmt.stored_bits(shape), "; ".join(n for n in notes if n))
+
+
+def _tail(fmt: Format, columns: int) -> str:
+    block = fmt.block(columns)
+    if columns % block == 0:
+        return ""
+    if columns < block:
+        return f"short last block: the only block has {columns} columns"
+    return f"short last block: {columns // block} of {block} columns, then one of {columns % block}"
+
+
+def _float_bits(tensor: TensorInfo) -> int:
+    bits = FLOAT_BITS.get(tensor.dtype)
+    if bits is None:
+        bits = 8 if tensor.dtype in ("bool", "uint8", "int8") else 64 if tensor.dtype.endswith("64") else 32
+    return tensor.weights * bits
+
+
+def _matches(pattern: str, tensor: TensorInfo) -> bool:
+    """A pattern names a tensor by a full name, a module, their last dotted parts, or a glob of one of these."""
+    for name in (tensor.name, *tensor.aliases):
+        module = name.removesuffix(".weight")
+        for full in (name, module):
+            if fnmatchcase(full, pattern) or full.endswith(f".{pattern}") or fnmatchcase(full, f"*.{pattern}"):
+                return True
+    return False

@@ -1,0 +1,79 @@
+"""The kernels read no byte past their arrays: each array ends where a page that cannot be read begins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are set up through Linux's mprotect")
+
+CHILD = """
+import ctypes, mmap, sys
+import numpy as np
+from nybble import kernels
+from nybble.kernels import arguments, reference
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+pages = []
+
+
+def guarded(values):
+    size = -(-max(1, values.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(start + size, mmap.PAGESIZE, 0) == 0, "mprotect refused"
+    pages.append(memory)
+    copy = np.frombuffer(memory, dtype=values.dtype, count=values.size, offset=size - values.nbytes)
+    copy[:] = values.ravel()
+    return copy.reshape(values.shape)
+
+
+if sys.argv[1] == "past":
+    inside = guarded(np.zeros(64, dtype=np.uint8))
+    ctypes.string_at(inside.ctypes.data, 65)
+
+random = np.random.default_rng(0)
+shapes = [(1, 1, 64), (2, 7, 7), (3, 33, 8), (1, 64, 64), (2, 100, 32), (2, 172, 64), (1, 21, 7), (5, 768, 64)]
+for bits in range(1, 9):
+    for rows, columns, block in shapes:
+        codes = random.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
+        packed = guarded(kernels.pack(guarded(codes), bits))
+        assert (kernels.unpack(packed, columns, bits) == codes).all()
+        blocks = -(-columns // block)
+        scale = guarded(random.random((rows, blocks)).astype(np.float16))
+        offset = guarded(random.random((rows, blocks)).astype(np.float32))
+        for levels in (np.arange(1 << bits) - 1.0, random.normal(size=1 << bits)):
+            table = guarded(levels.astype(np.float32))
+            weight = arguments.weight(packed, columns, bits, table, block, scale, offset)
+            wanted = np.empty((rows, columns), dtype=np.float32)
+            reference.decode(weight, wanted)
+            assert (kernels.decode(*weight) == wanted).all()
+            assert (kernels.gather(guarded(np.array([rows - 1])), *weight) == wanted[-1:]).all()
+            for count in (1, 2, 5):
+                x = guarded(random.normal(size=(count, columns)).astype(np.float32))
+                assert np.allclose(kernels.matmul(x, *weight, threads=2), x @ wanted.T, rtol=1e-4, atol=1e-4)
+print("read", kernels.instruction_set())
+"""
+
+
+def _child(instruction_set: str, mode: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, mode],
+        env={**os.environ, "NYBBLE_KERNELS": instruction_set},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_no_kernel_reads_past_its_arrays(instruction_set: str) -> None:
+    done = _child(instruction_set, "within")
+    assert (done.returncode, done.stdout) == (0, f"read {instruction_set}\n"), done.stderr[-2000:]
+
+
+def test_the_guard_page_does_stop_a_read() -> None:
+    assert _child("reference", "past").returncode < 0
