@@ -95,9 +95,7 @@ def _count(weight: NDArray[np.float64], limit: float) -> list[int]:
 def _weights() -> list[tuple[str, int | None, str, NDArray[np.float64]]]:
     rng = np.random.default_rng(7)
     rows: list[tuple[str, int | None, str, NDArray[np.float64]]]
-    rows = [
-        (f"transformer.{name}.weight", None, "embedding", rng.standard_t(6, (32, 64)) * 0.06) for name in ("wte", "wpe")
-    ]
+    rows = [(f"transformer.{name}.weight", None, "embedding", rng.standard_t(6, (32, 64)) * 0.06) for name in ("wte", "wpe")]
     for block in range(6):
         for kind in KINDS:
             width = 0.05 + 0.02 * block if kind.endswith("c_proj") else 0.08

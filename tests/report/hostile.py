@@ -36,9 +36,7 @@ def poison(records: list[Record], texts: tuple[str, ...]) -> list[Record]:
             sample_top_k=text,
             notes=[text],
             run=run,
-            layers=[
-                replace(layer, name=f"{text}{n}", format=text, kind=text) for n, layer in enumerate(record.layers[:4])
-            ],
+            layers=[replace(layer, name=f"{text}{n}", format=text, kind=text) for n, layer in enumerate(record.layers[:4])],
         )
         for k, (record, text) in enumerate(zip(records, texts, strict=False))
     ]

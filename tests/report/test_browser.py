@@ -91,9 +91,7 @@ def test_what_was_not_measured_sorts_last(browser: Browser, tmp_path: Path, reco
     write_report(some, tmp_path / "report.html")
     browser.open(tmp_path / "report.html")
     for _ in range(2):
-        browser.evaluate(
-            "[...document.querySelectorAll('#table button')].find(b => b.innerText.startsWith('load\\n')).click()"
-        )
+        browser.evaluate("[...document.querySelectorAll('#table button')].find(b => b.innerText.startsWith('load\\n')).click()")
         assert column(browser, 8)[-1] == ""
 
 

@@ -91,9 +91,7 @@ def test_verdict_names_the_smallest_within_the_bound_and_the_broken(records: lis
     assert verdict.endswith("int3:g64 and int2:g64 are broken and should not be used.")
 
 
-def test_verdict_without_quality_speaks_of_size_and_speed(
-    records: list[Record], change: Callable[..., list[Record]]
-) -> None:
+def test_verdict_without_quality_speaks_of_size_and_speed(records: list[Record], change: Callable[..., list[Record]]) -> None:
     random = change(records, perplexity=None, kl_mean=None)
     verdict = state_verdict(random, [judge_variant(r, random[0]) for r in random])
     assert verdict.startswith("Quality was not measured. The smallest variant is int2:g64 with 1.67 MB")

@@ -188,9 +188,7 @@ def test_hostile_texts_in_a_whole_report(tmp_path: Path, records: list[Record]) 
     assert not Elements(text).handlers
     (tmp_path / "report.md").read_text("utf-8")
     for svg in (tmp_path / "plots").glob("*.svg"):
-        tags = {
-            e.tag.removeprefix("{http://www.w3.org/2000/svg}") for e in ElementTree.fromstring(svg.read_bytes()).iter()
-        }
+        tags = {e.tag.removeprefix("{http://www.w3.org/2000/svg}") for e in ElementTree.fromstring(svg.read_bytes()).iter()}
         known = DRAWING_TAGS | {"svg", "style", "clipPath", "linearGradient"}
         assert {t for t in tags if not t.startswith("{")} <= known | {"metadata", "image"}, svg.name
 
@@ -248,9 +246,7 @@ NOTHING: dict[str, Any] = {f.name: None for f in dataclasses.fields(Record) if "
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_nothing_measured(
-    tmp_path: Path, records: list[Record], change: Callable[..., list[Record]], count: int
-) -> None:
+def test_nothing_measured(tmp_path: Path, records: list[Record], change: Callable[..., list[Record]], count: int) -> None:
     bare = change(records[:count], run={"text": None, "prompt": None}, layers=[], model_histogram=[], **NOTHING)
     write_report(bare, tmp_path / "report.html")
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {"memory.svg", "memory.png"}

@@ -134,11 +134,11 @@ def measure(job: Job, folder: Path) -> None:
     from nybble.evaluate import memory
     from nybble.evaluate.speed import greedy_text, measure_speed, prompt_tokens, top_k_text
     from nybble.models.checkpoint import open_checkpoint
-    from nybble.models.loading import context_length, load_tokenizer, warm_imports
+    from nybble.models.loading import context_length, load_tokenizer, warm_up
     from nybble.run import load, tensor_bytes
 
     torch.set_num_threads(job.threads)
-    warm_imports(open_checkpoint(folder).config)
+    warm_up(open_checkpoint(folder).config)
     tokenizer = load_tokenizer(folder) if job.prompt is not None else None
     memory.release()
     before = memory.resident_bytes()

@@ -14,7 +14,7 @@ Which code a weight gets is a method's business; `encode` is rounding to the nea
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,10 @@ from nybble.errors import NumericError
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Codes = NDArray[np.unsignedinteger]
-Params = dict[str, NDArray[np.generic]]
+Params = dict[str, NDArray[Any]]
+"""Suffix -> array as stored; which suffixes and types is the format's business."""
 Granularity = Literal["tensor", "channel"] | int
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 SLAB_WEIGHTS = 1 << 22
 """Weights worked on at once: temporaries in float64 stay below 100 MB whatever the size of the matrix."""
@@ -81,11 +83,11 @@ class Format(ABC):
         """What is stored for a weight of this shape: suffix -> (numpy dtype name, shape)."""
 
     @abstractmethod
-    def to_storage(self, codes: Codes, params: Params) -> dict[str, NDArray[np.generic]]:
+    def to_storage(self, codes: Codes, params: Params) -> dict[str, NDArray[Any]]:
         """The arrays of `storage`, made from codes and params."""
 
     @abstractmethod
-    def from_storage(self, stored: dict[str, NDArray[np.generic]], shape: tuple[int, int]) -> tuple[Codes, Params]:
+    def from_storage(self, stored: dict[str, NDArray[Any]], shape: tuple[int, int]) -> tuple[Codes, Params]:
         """Inverse of `to_storage`, to the bit."""
 
     @abstractmethod
@@ -134,10 +136,10 @@ class PackedFormat(Format):
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """`storage` without the codes."""
 
-    def to_storage(self, codes: Codes, params: Params) -> dict[str, NDArray[np.generic]]:
+    def to_storage(self, codes: Codes, params: Params) -> dict[str, NDArray[Any]]:
         return {"codes": kernels.pack(np.ascontiguousarray(codes, dtype=np.uint8), self.bits), **params}
 
-    def from_storage(self, stored: dict[str, NDArray[np.generic]], shape: tuple[int, int]) -> tuple[Codes, Params]:
+    def from_storage(self, stored: dict[str, NDArray[Any]], shape: tuple[int, int]) -> tuple[Codes, Params]:
         packed = np.ascontiguousarray(stored["codes"], dtype=np.uint8)
         codes = kernels.unpack(packed, shape[1], self.bits)
         return codes, {name: array for name, array in stored.items() if name != "codes"}
@@ -153,7 +155,7 @@ def scale_dtype(granularity: Granularity) -> str:
     return "float16" if isinstance(granularity, int) else "float32"
 
 
-def blocked(weight: NDArray[np.generic], granularity: Granularity) -> NDArray[np.generic]:
+def blocked(weight: NDArray[Scalar], granularity: Granularity) -> NDArray[Scalar]:
     """[N, K] seen as [rows, blocks, columns of a block]; a short last block is filled up with zeros (a copy)."""
     rows, columns = weight.shape
     if granularity == "tensor":
@@ -166,12 +168,12 @@ def blocked(weight: NDArray[np.generic], granularity: Granularity) -> NDArray[np
     return weight.reshape(rows, -1, granularity)
 
 
-def spread(values: NDArray[np.generic], columns: int, block: int) -> NDArray[np.generic]:
+def spread(values: NDArray[Scalar], columns: int, block: int) -> NDArray[Scalar]:
     """Per-block values [N, blocks] repeated to [N, columns]; [N or 1, 1] is left to broadcasting."""
     return values if values.shape[1] == 1 else np.repeat(values, block, axis=1)[:, :columns]
 
 
-def check_finite(weight: NDArray[np.generic]) -> None:
+def check_finite(weight: Float32) -> None:
     """Raise NumericError that says how many weights are not finite and where the first one is."""
     bad = ~np.isfinite(weight)
     if bad.any():

@@ -7,7 +7,7 @@ The plain symmetric range is absmax / (2^(bits-1) - 1): int8 uses 127, so that b
 scale may be negative and then uses the extra level at the other end. The plain asymmetric range spans
 [min(w, 0), max(w, 0)] in 2^bits - 1 steps; zero is exactly representable. Scales are float16 in groups, float32 otherwise,
 rounded up so that nothing clips; zero points are packed at `bits` bits. Division is in float64, rounding half to even.
-Bound: |w - value| <= scale / 2.
+Bound: |w - value| <= scale / 2 (1 + 2^(bits - 23)), the second term for the float32 rounding of the value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nybble import kernels
 from nybble.formats.base import (
@@ -34,9 +35,6 @@ from nybble.formats.base import (
 )
 from nybble.formats.search import blocked_importance, search_affine, search_scale
 from nybble.formats.spec import check_options
-
-ROUNDING = 1 + 2.0**-22
-"""float32 rounding of the decoded value, on top of half a step."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class Integer(PackedFormat):
         scale = params["scale"].astype(np.float32)
         if not self.asymmetric:
             return scale, None
-        return scale, kernels.unpack(params["zero"], scale.shape[1], self.bits).astype(np.float32)  # type: ignore[arg-type]
+        return scale, kernels.unpack(params["zero"], scale.shape[1], self.bits).astype(np.float32)
 
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)
@@ -107,13 +105,14 @@ class Integer(PackedFormat):
         return stored
 
     def max_error(self, params: Params) -> Float64:
-        return np.abs(params["scale"].astype(np.float64)) / 2 * ROUNDING
+        rounding = 2.0 ** (self.bits - 23)  # of the decoded value, at most 2^bits steps, to float32
+        return np.abs(params["scale"].astype(np.float64)) / 2 * (1 + rounding)
 
     def __str__(self) -> str:
         return f"{self.name}{granularity_suffix(self.granularity)}{',asym' if self.asymmetric else ''}"
 
 
-def _divisor(scale: np.ndarray) -> Float64:
+def _divisor(scale: NDArray[np.floating]) -> Float64:
     """Scale in float64 to divide by; 1 where it is zero (a block of zeros: the quotient is zero)."""
     wide = scale.astype(np.float64)
     wide[wide == 0] = 1.0

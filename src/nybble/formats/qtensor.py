@@ -52,8 +52,6 @@ class QTensor:
             raise ValueError(f"{fmt} of shape {shape} stores {sorted(expected)}, got {sorted(stored)}")
         for name, (dtype, size) in expected.items():
             if stored[name].dtype != np.dtype(dtype) or stored[name].shape != size:
-                raise ValueError(
-                    f"{name} is {stored[name].dtype} {stored[name].shape}, {fmt} needs {dtype} {size}"
-                )
+                raise ValueError(f"{name} is {stored[name].dtype} {stored[name].shape}, {fmt} needs {dtype} {size}")
         codes, params = fmt.from_storage(stored, shape)
         return cls(fmt, codes, params)

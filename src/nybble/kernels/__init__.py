@@ -175,8 +175,4 @@ def read_bandwidth(bytes: int, threads: int = 1, repeats: int = 5) -> float:
     size = arguments.integer("bytes", bytes, 1 << 20, 1 << 40)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
     repeats = arguments.integer("repeats", repeats, 1, 10_000)
-    return (
-        reference.read_bandwidth(size, repeats)
-        if _native is None
-        else float(_native.read_bandwidth(size, threads, repeats))
-    )
+    return reference.read_bandwidth(size, repeats) if _native is None else float(_native.read_bandwidth(size, threads, repeats))

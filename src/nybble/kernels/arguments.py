@@ -94,9 +94,7 @@ def _parameter(name: str, value: object, rows: int, blocks: int) -> Parameter:
     return found
 
 
-def weight(
-    packed: object, columns: int, bits: int, levels: object, block: int, scale: object, offset: object | None
-) -> Packed:
+def weight(packed: object, columns: int, bits: int, levels: object, block: int, scale: object, offset: object | None) -> Packed:
     """All parts of a packed weight, checked against each other."""
     streams = packed_rows(packed, columns, bits)
     table: Floats = array("levels", levels, FLOAT32, 1)

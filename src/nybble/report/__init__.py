@@ -22,9 +22,7 @@ from nybble.report.table import Column, Row, Table, summary_table
 
 __all__ = ["Column", "Row", "Table", "summary_table", "write_report"]
 
-_NUMBERS = {
-    f.name: "None" in str(f.type) for f in dataclasses.fields(Record) if str(f.type).split(" ")[0] in ("int", "float")
-}
+_NUMBERS = {f.name: "None" in str(f.type) for f in dataclasses.fields(Record) if str(f.type).split(" ")[0] in ("int", "float")}
 _TEXTS = ("variant", "format", "method", "plan_hash", "sample_greedy", "sample_top_k")
 
 
@@ -40,9 +38,7 @@ def write_report(records: list[Record], html: Path) -> list[Path]:
     html = Path(html)
     markdown = html.with_suffix(".md")
     if html.suffix.lower() == ".md":
-        raise OutputError(
-            f"{html}: the page needs another suffix than .md, which names the text report beside it; use .html"
-        )
+        raise OutputError(f"{html}: the page needs another suffix than .md, which names the text report beside it; use .html")
     if html.is_dir():
         raise OutputError(f"{html} is a folder; give the page's file name, e.g. {html / 'report.html'}")
 
@@ -75,9 +71,7 @@ def _check(records: list[Record]) -> None:
         for name, optional in _NUMBERS.items():
             value = getattr(record, name)
             if not (optional and value is None) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise InputError(
-                    f"record {i}: {name} is {value!r:.60}, not a number; measure again with nybble compare"
-                )
+                raise InputError(f"record {i}: {name} is {value!r:.60}, not a number; measure again with nybble compare")
         for name in _TEXTS:
             value = getattr(record, name)
             if value is not None and not isinstance(value, str):
@@ -86,9 +80,7 @@ def _check(records: list[Record]) -> None:
             ("the model", record.model_histogram),
             *((layer.name, layer.histogram) for layer in record.layers),
         ):
-            if not isinstance(counts, list) or any(
-                not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts
-            ):
+            if not isinstance(counts, list) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts):
                 raise InputError(f"record {i}: the histogram of {where!r:.80} is not a list of counts; measure again")
 
 

@@ -111,9 +111,7 @@ def inline_svg(plot: Plot) -> str:
     if box is None:
         raise ValueError(f"plot {plot.name}: matplotlib wrote an SVG without a viewBox")
     prefix = f"plot-{plot.name}-"
-    body = re.sub(
-        r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL
-    )  # the page's own style says it
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)  # the page's own style says it
     body = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}\1"', body)
     body = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}\1"', body)
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", body)
@@ -166,7 +164,7 @@ def place_labels(
         taken.append(Bbox.from_bounds(inside.x0, level - 2 * scale, inside.width, 4 * scale))
 
     def crowding(i: int) -> float:
-        return -sum(1 / (1 + abs(pixels[i][0] - q[0]) + abs(pixels[i][1] - q[1])) for q in pixels)
+        return -float(sum(1 / (1 + abs(pixels[i][0] - q[0]) + abs(pixels[i][1] - q[1])) for q in pixels))
 
     for i in sorted(range(len(points)), key=lambda i: (crowding(i), i)):
         x, y, label = points[i]

@@ -55,13 +55,7 @@ def format_difference(value: float | None) -> str:
     value = number(value)
     if value is None:
         return MISSING
-    text = (
-        f"{value * 100:+,.2f}"
-        if abs(value) < 0.1
-        else f"{value * 100:+,.1f}"
-        if abs(value) < 10
-        else f"{value * 100:+,.0f}"
-    )
+    text = f"{value * 100:+,.2f}" if abs(value) < 0.1 else f"{value * 100:+,.1f}" if abs(value) < 10 else f"{value * 100:+,.0f}"
     return text.replace("-", "−") if float(text.replace(",", "")) else "0"
 
 

@@ -111,9 +111,7 @@ def judge_variant(record: Record, baseline: Record | None) -> Judgement:
         return Judgement("noticeable", tuple(noticeable))
     if kl is None and (perplexity is None or not reference):
         if reference or (baseline and baseline.kl_mean is not None):
-            return Judgement(
-                "unknown", ("it has no figures of quality although fp32 has (not measured, or not finite)",)
-            )
+            return Judgement("unknown", ("it has no figures of quality although fp32 has (not measured, or not finite)",))
         return Judgement("unknown", ())
     return Judgement("good", ())
 
@@ -175,9 +173,7 @@ def _describe_choice(record: Record, name: str, judgement: Judgement, baseline: 
     own, reference = number(record.seconds_50_tokens), number(baseline.seconds_50_tokens)
     if own and reference:
         ratio = reference / own
-        speed = (
-            f"{ratio:.2f} times as fast as fp32" if ratio >= 0.995 else f"{1 / ratio:.2f} times as long as fp32 takes"
-        )
+        speed = f"{ratio:.2f} times as fast as fp32" if ratio >= 0.995 else f"{1 / ratio:.2f} times as long as fp32 takes"
         text += f", and it writes {record.run.new_tokens} tokens in {format_significant(own)} s, {speed}"
     return text + (". The loss is noticeable." if judgement.level == "noticeable" else ".")
 
@@ -236,9 +232,7 @@ def compare_zero_point(records: list[Record]) -> str | None:
         return None
     absmax, zero = pairs[0]
     kl_absmax, kl_zero = number(absmax.kl_mean) or 0.0, number(zero.kl_mean) or 0.0
-    figures = (
-        f"mean KL {format_significant(kl_zero)} nats with a zero point, {format_significant(kl_absmax)} with absmax"
-    )
+    figures = f"mean KL {format_significant(kl_zero)} nats with a zero point, {format_significant(kl_absmax)} with absmax"
     noise = math.hypot(number(absmax.kl_se) or 0.0, number(zero.kl_se) or 0.0)
     if kl_zero < kl_absmax:
         share = format_percent(1 - kl_zero / kl_absmax, 0)
@@ -268,11 +262,7 @@ def _explain_zero_point(records: list[Record], absmax: Record, zero: Record) -> 
                 f"makes the step only {smaller} % smaller than twice the largest magnitude does ({bits:.2f} bits, "
                 f"to the resolution of the histogram), so a zero point has almost nothing to win."
             )
-    pairs = [
-        (a.relative_error, z.relative_error)
-        for a, z in zip(absmax.layers, zero.layers, strict=False)
-        if a.name == z.name
-    ]
+    pairs = [(a.relative_error, z.relative_error) for a, z in zip(absmax.layers, zero.layers, strict=False) if a.name == z.name]
     if not pairs:
         return ""
     lower = sum(z < a for a, z in pairs)

@@ -114,9 +114,7 @@ def render_page(records: list[Record], plots: dict[str, Plot]) -> str:
         finding=compare_zero_point(records),
         notes=collect_notes(records),
         svg={
-            name: Markup(inline_svg(plot))
-            for name, plot in plots.items()
-            if name in ("memory", "speed", "quality", "histograms")
+            name: Markup(inline_svg(plot)) for name, plot in plots.items() if name in ("memory", "speed", "quality", "histograms")
         },
         plots=plots,
         quality_missing=explain_missing_quality(records),
@@ -146,9 +144,7 @@ def describe_run(record: Record) -> list[tuple[str, str]]:
     """(term, words) of where the figures come from."""
     run, model, machine = record.run, record.run.model, record.run.machine
     count = model.get("parameters")
-    parameters = (
-        f", {count / 1e6:,.1f} M parameters" if isinstance(count, int | float) and not isinstance(count, bool) else ""
-    )
+    parameters = f", {count / 1e6:,.1f} M parameters" if isinstance(count, int | float) and not isinstance(count, bool) else ""
     rows = [("Model", f"{model.get('name', '?')} ({model.get('architecture', '?')}{parameters})")]
     if model.get("sha256"):
         rows.append(("SHA-256", str(model["sha256"])[:16]))
@@ -173,8 +169,7 @@ def describe_run(record: Record) -> list[tuple[str, str]]:
     rows.append(
         (
             "Machine",
-            f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores{gigabytes}{reading}, "
-            f"{machine.get('system', '?')}",
+            f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores{gigabytes}{reading}, {machine.get('system', '?')}",
         )
     )
     rows.append(("Threads", str(run.threads)))
@@ -195,9 +190,7 @@ def list_tiles(records: list[Record]) -> list[tuple[str, str, str]]:
     if chosen is None or baseline is None:
         return []
     record = records[chosen]
-    tiles = [
-        ("Weights", f"{format_megabytes(record.weight_bytes)} MB", f"fp32 {format_megabytes(baseline.weight_bytes)} MB")
-    ]
+    tiles = [("Weights", f"{format_megabytes(record.weight_bytes)} MB", f"fp32 {format_megabytes(baseline.weight_bytes)} MB")]
     if number(record.seconds_50_tokens) and number(baseline.seconds_50_tokens):
         own, reference = format_significant(record.seconds_50_tokens), format_significant(baseline.seconds_50_tokens)
         tiles.append((f"{record.run.new_tokens} tokens", f"{own} s", f"fp32 {reference} s"))
@@ -333,9 +326,7 @@ def split_sample(text: str, reference: str | None) -> Sample:
         return Sample(text, "", "")
     if text == reference:
         return Sample(text, "", "same as fp32")
-    place = next(
-        (k for k, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b), min(len(text), len(reference))
-    )
+    place = next((k for k, (a, b) in enumerate(zip(text, reference, strict=False)) if a != b), min(len(text), len(reference)))
     return Sample(text[:place], text[place:], f"differs from character {place + 1}")
 
 

@@ -50,9 +50,7 @@ def draw_memory(records: list[Record]) -> Plot | None:
     )
     figure = new_figure(1.0 + 0.5 * len(records))
     measured = any(v is not None for _, _, values in phases for v in values)
-    grid = figure.subplots(
-        1, 2 if measured else 1, sharey=True, squeeze=False, width_ratios=[3, 2] if measured else [1]
-    )
+    grid = figure.subplots(1, 2 if measured else 1, sharey=True, squeeze=False, width_ratios=[3, 2] if measured else [1])
     right = grid[0, -1]
     if measured:
         left = grid[0, 0]
@@ -71,9 +69,7 @@ def draw_memory(records: list[Record]) -> Plot | None:
     weights = [r.weight_bytes / MB for r in records]
     right.barh(range(len(records)), weights, height=0.5, color=[PALETTE[find_family(r)] for r in records])
     for i, value in enumerate(weights):
-        right.annotate(
-            format_significant(value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        right.annotate(format_significant(value), (value, i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
     right.set_xlim(0, max(weights) * 1.16 or 1)
     right.set_title("Bytes of the weights")
     right.set_xlabel("MB (10⁶ bytes)")
@@ -84,9 +80,7 @@ def draw_memory(records: list[Record]) -> Plot | None:
     first = grid[0, 0]
     first.set_yticks(range(len(records)), names, color=PALETTE["ink"])
     first.set_ylim(len(records) - 0.45, -0.55)
-    alt = (
-        "Bars by variant: resident memory before loading, loaded, at its peak and after cleanup; bytes of the weights."
-    )
+    alt = "Bars by variant: resident memory before loading, loaded, at its peak and after cleanup; bytes of the weights."
     return render(figure, "memory", "Memory", alt)
 
 
@@ -114,9 +108,7 @@ def draw_speed(records: list[Record]) -> Plot | None:
     colours = [PALETTE[find_family(records[i])] for i in order]
     upper.scatter(places, seconds, c=colours, s=44, zorder=3)
     for x, s, r in zip(places, seconds, ranges, strict=True):
-        upper.annotate(
-            format_significant(s), (x, max(*r, s)), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
-        )
+        upper.annotate(format_significant(s), (x, max(*r, s)), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
     count = records[order[0]].run.new_tokens
     upper.set_title(f"Seconds for {count} new tokens, lowest to highest run (lower is better)")
     upper.set_ylim(0, max(max(*r, s) for r, s in zip(ranges, seconds, strict=True)) * 1.18)
@@ -142,9 +134,7 @@ def draw_speed(records: list[Record]) -> Plot | None:
     note = " – line or arrow: what the memory bandwidth allows" if any(v is not None for v in limits) else ""
     lower.set_title(f"Tokens per second (higher is better){note}")
     lower.set_ylim(0, ceiling)
-    lower.set_xticks(
-        places, [names[i] for i in order], rotation=32, ha="right", rotation_mode="anchor", color=PALETTE["ink"]
-    )
+    lower.set_xticks(places, [names[i] for i in order], rotation=32, ha="right", rotation_mode="anchor", color=PALETTE["ink"])
     lower.set_xlim(-0.6, len(order) - 0.4)
     for axes in (upper, lower):
         axes.grid(axis="y")
@@ -176,9 +166,7 @@ def draw_quality(records: list[Record]) -> Plot | None:
         else:
             reference = (number(baseline.perplexity) if baseline else None) or min(values)
             beyond = [v > 1.1 * PERPLEXITY_FACTOR * reference for v in values]
-            labels = [
-                f"{n} ↑ {format_significant(v)}" if b else n for n, v, b in zip(labels, values, beyond, strict=True)
-            ]
+            labels = [f"{n} ↑ {format_significant(v)}" if b else n for n, v, b in zip(labels, values, beyond, strict=True)]
             title = "Perplexity (lower is better)"
             axes.set_title(f"{title} – arrows: beyond the upper edge" if any(beyond) else title)
         shown, whiskers = _draw_against_bits(axes, [records[i] for i in chosen], values, errors, reference)
@@ -251,9 +239,7 @@ def _fractions(counts: Sequence[int]) -> list[float]:
     return [c / total for c in counts] if total else []
 
 
-def _draw_histogram(
-    axes: Axes, counts: Sequence[int], outline: Sequence[int] | None, limit: float, colour: str
-) -> None:
+def _draw_histogram(axes: Axes, counts: Sequence[int], outline: Sequence[int] | None, limit: float, colour: str) -> None:
     """Filled bars of `counts`, the float weights as an outline. The axis ends at twice the outline's top."""
     bars = _fractions(counts)
     edges = [limit * (2 * k / max(len(bars), 1) - 1) for k in range(len(bars) + 1)]
@@ -300,9 +286,7 @@ def draw_histograms(records: list[Record]) -> Plot | None:
         record = records[i]
         same = baseline is not None and baseline.model_histogram_limit == record.model_histogram_limit
         outline = baseline.model_histogram if baseline and same else None
-        _draw_histogram(
-            axes, record.model_histogram, outline, record.model_histogram_limit, PALETTE[find_family(record)]
-        )
+        _draw_histogram(axes, record.model_histogram, outline, record.model_histogram_limit, PALETTE[find_family(record)])
         axes.set_title(clean_label(names[i], 24), fontsize=8.5, fontweight="normal")
     for axes in panels[len(chosen) :]:
         axes.set_axis_off()
