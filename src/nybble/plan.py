@@ -131,7 +131,11 @@ def _decide(tensor: TensorInfo, recipe: Recipe) -> PlanRow:
             spec, reason = rule_format, f"rule {pattern}"
     fmt = parse_format(spec)
     shape = (tensor.shape[0], tensor.shape[1])
-    notes = [reason, f"tied with {', '.join(tensor.aliases)}" if tensor.aliases else "", _tail(fmt, shape[1])]
+    notes = [
+        reason or f"{tensor.kind} weight",
+        f"tied with {', '.join(tensor.aliases)}" if tensor.aliases else "",
+        _tail(fmt, shape[1]),
+    ]
     method = "cast" if fmt.is_cast else recipe.method
     return PlanRow(tensor, str(fmt), method, fmt.stored_bits(shape), "; ".join(n for n in notes if n))
 

@@ -20,6 +20,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from nybble.calibrate.importance import input_importance
 from nybble.errors import InputError, NumericError, UsageError
@@ -31,7 +32,7 @@ from nybble.methods import parse_method
 from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
 from nybble.models.loading import DTYPES, lay_out_for_half, load_model
-from nybble.models.packed import Conv1D, PackedWeight
+from nybble.models.packed import PackedWeight
 from nybble.models.replace import replace_weights
 from nybble.plan import Plan, Recipe, make_plan
 from nybble.version import __version__
@@ -130,7 +131,7 @@ class Quantized:
 
 def quantize(
     model: str | Path | PreTrainedModel,
-    format: str,  # noqa: A002  # the word of the design and of every caller
+    format: str,
     method: str = "rtn",
     calibration: NDArray[np.integer[Any]] | str | Sequence[str] | None = None,
     keep: Sequence[str] = (),

@@ -50,7 +50,7 @@ def check_windows(model: nn.Module, windows: NDArray[np.int64]) -> None:
     """Raise InputError when calibration windows are not int [windows, tokens] within the model's vocabulary."""
     if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
         raise InputError(f"calibration is {windows.dtype} {windows.shape}; it must be integers [windows, tokens]")
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if windows.min() < 0 or windows.max() >= vocabulary:
         raise InputError(f"calibration ids reach {windows.max()}; the model has {vocabulary} tokens")
 

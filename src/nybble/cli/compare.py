@@ -36,7 +36,9 @@ def run(
     repeats: Annotated[int, typer.Option(help="Timed runs of each speed figure; the median counts.")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of samples and random prompts.")] = 0,
-    keep: Annotated[list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
+    ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that use one (rtn:mse).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
@@ -80,19 +82,31 @@ def run(
     typer.echo(f"figures  {output / 'results.jsonl'}   plots  {output / 'plots'}   text  {output / 'report.md'}")
 
 
+LEAST_FIRST = ("share", "peak", "change", "rate", "top1", "bpw", "perplexity")
+"""Columns that a narrow terminal goes without, in this order; the page has them all."""
+
+
 def show(records: list) -> None:  # type: ignore[type-arg]  # list[Record], imported late to start fast
-    """The main columns as a table, then warnings and the verdict."""
+    """The main columns that fit the terminal as a table, then warnings and the verdict."""
     from nybble.report import summary_table
-    from nybble.report.judge import judge_variant, find_baseline, list_warnings, state_verdict
+    from nybble.report.judge import find_baseline, judge_variant, list_warnings, state_verdict
 
     table = summary_table(records)
-    shown = [i for i, column in enumerate(table.columns) if column.main]
-    headers = ["variant", *(f"{table.columns[i].header} {table.columns[i].unit}".strip() for i in shown)]
-    console.print_table(headers, [[row.name, *(row.cells[i].text for i in shown)] for row in table.rows])
+    columns = []
+    for i, column in enumerate(table.columns):
+        if column.main:
+            cells = [f"{row.cells[i].text} {row.cells[i].detail}".strip() for row in table.rows]
+            columns.append((column.key, f"{column.header}\n{column.unit}".strip(), cells))
+    names = [row.name for row in table.rows]
+    for key in LEAST_FIRST:
+        if console.table_width([names, *(cells for _, _, cells in columns)], [h for _, h, _ in columns]) <= console.width():
+            break
+        columns = [column for column in columns if column[0] != key]
+    lines = zip(names, *(cells for _, _, cells in columns), strict=True)
+    console.print_table(["variant", *(header for _, header, _ in columns)], list(lines))
     baseline = find_baseline(records)
     judgements = [judge_variant(record, baseline) for record in records]
+    typer.echo("")
     for _, level, sentence in list_warnings(records, judgements):
         typer.echo(f"{level}: {sentence}")
     typer.echo(f"\n{state_verdict(records, judgements)}")
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def stdout() -> Console:
-    """Console for results. Wide when it is not a terminal, so that tables in a file or pipe are not cut."""
-    from rich.console import Console
-
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200, soft_wrap=not sys.stdout.isatty())
+def width() -> int:
+    """Characters a line of a table may have: the terminal's, or ample where there is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 200
 
 
 def stderr() -> Console:
@@ -26,17 +25,30 @@ def stderr() -> Console:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A table on standard output: the first `left` columns flush left, the others flush right."""
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
+    """A table on standard output: the first `left` columns flush left, the others flush right. A header may have lines.
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for i, header in enumerate(headers):
-        table.add_column(escape(header), justify="left" if i < left else "right", overflow="fold", no_wrap=i >= left)
-    for row in rows:
-        table.add_row(*(escape(_clean(cell)) for cell in row))
-    stdout().print(table)
+    Plain text on purpose: it costs nothing to start, and lines longer than the terminal wrap instead of being cut.
+    """
+    depth = max(header.count("\n") for header in headers) + 1
+    heads = [[""] * (depth - len(lines)) + lines for lines in (header.split("\n") for header in headers)]
+    cells = [[_clean(cell) for cell in row] for row in rows]
+    widths = [max(map(len, [*heads[i], *(row[i] for row in cells)])) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+
+    for k in range(depth):
+        print(line([head[k] for head in heads]).rstrip())
+    print("─" * (sum(widths) + 2 * (len(widths) - 1)))
+    for row in cells:
+        print(line(row).rstrip())
+
+
+def table_width(columns: Sequence[Sequence[str]], headers: Sequence[str]) -> int:
+    """Characters that `print_table` needs for these columns; `headers` are those of the last ones."""
+    heads = [""] * (len(columns) - len(headers)) + list(headers)
+    lines = [[*head.split("\n"), *cells] for head, cells in zip(heads, columns, strict=True)]
+    return sum(max(map(len, column)) + 2 for column in lines)
 
 
 def _clean(text: str) -> str:

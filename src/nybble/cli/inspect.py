@@ -49,7 +49,7 @@ def _inspect(path: Path) -> dict[str, Any]:
     packed: dict[str, tuple[str, tuple[int, int]]] = {}
     provenance: dict[str, Any] = {}
     folder = path.parent if path.name == "model.safetensors" else path
-    if path.is_dir() or path.name == "model.safetensors" and is_native(folder):
+    if path.is_dir() or (path.name == "model.safetensors" and is_native(folder)):
         checkpoint = open_checkpoint(folder)
         files = [SafetensorsFile(file) for file in checkpoint.files]
         kind = f"{checkpoint.config.get('model_type')} model"

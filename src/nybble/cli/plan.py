@@ -24,7 +24,9 @@ def run(
     model: Annotated[str | None, typer.Argument(help="Model folder or hub name; without it the model that ships.")] = None,
     to: Annotated[str, typer.Option(help="Format: NAME[:tensor|channel|gN][,asym][,dq].")] = "int4:g64",
     method: Annotated[str, typer.Option(help="Method: rtn, rtn:mse.")] = "rtn",
-    keep: Annotated[list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
+    ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON on standard output.")] = False,
 ) -> None:
@@ -49,11 +51,15 @@ def run(
         shape = " x ".join(map(str, row.tensor.shape))
         kept = f"{row.tensor.dtype}, as it is" if row.format is None and not plan.is_cast else row.format or plan.recipe.format
         note = "; ".join(part for part in (row.tensor.role, row.reason) if part)
-        rows.append([row.tensor.name, kept, note, shape, f"{row.bits / max(1, row.tensor.weights):.3f}", f"{-(-row.bits // 8):,}"])
+        rows.append(
+            [row.tensor.name, kept, note, shape, f"{row.bits / max(1, row.tensor.weights):.3f}", f"{-(-row.bits // 8):,}"]
+        )
     console.print_table(["tensor", "becomes", "what and why", "shape", "bits/weight", "bytes"], rows, left=3)
     weights = sum(row.tensor.weights for row in plan.packed)
     total = sum(row.tensor.weights for row in plan.rows)
     typer.echo(f"\n{len(plan.packed)} of {len(plan.rows)} tensors, {weights:,} of {total:,} numbers, get a format")
-    typer.echo(f"{plan.bpw:.4f} bits per weight over them; {plan.bytes / 1e6:.2f} MB in all, {plan.bytes / (4 * total):.1%} of fp32")
+    typer.echo(
+        f"{plan.bpw:.4f} bits per weight over them; {plan.bytes / 1e6:.2f} MB in all, {plan.bytes / (4 * total):.1%} of fp32"
+    )
     for note in plan.notes:
         typer.echo(f"note: {note}")

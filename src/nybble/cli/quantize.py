@@ -23,7 +23,9 @@ def run(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")],
     to: Annotated[str, typer.Option(help="Format: NAME[:tensor|channel|gN][,asym][,dq].")] = "int4:g64",
     method: Annotated[str, typer.Option(help="Method: rtn, rtn:mse.")] = "rtn",
-    keep: Annotated[list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
+    ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that use one (rtn:mse).")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
@@ -56,4 +58,6 @@ def run(
     size = (output / "model.safetensors").stat().st_size
     before = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     bits = quantized.provenance["bits_per_weight"]
-    typer.echo(f"{output}: {size / 1e6:.2f} MB ({size / before:.1%} of the source's {before / 1e6:.2f} MB), {bits:.4f} bits per weight")
+    typer.echo(
+        f"{output}: {size / 1e6:.2f} MB ({size / before:.1%} of the source's {before / 1e6:.2f} MB), {bits:.4f} bits per weight"
+    )

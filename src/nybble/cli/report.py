@@ -17,7 +17,9 @@ nybble report nybble-compare/results.jsonl -o report.html
 
 def run(
     results: Annotated[Path, typer.Argument(help="results.jsonl of a comparison.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The page; default report.html beside the results.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The page; default report.html beside the results.")
+    ] = None,
 ) -> None:
     """Read records, write the page; nothing is measured."""
     from nybble.evaluate.record import read_results

@@ -108,7 +108,7 @@ def compare(
                 worker.until("done")
         checkpoint = open_checkpoint(folder)
         _check_causal(checkpoint.config, folder)
-        name = shape and f"{shape} shape, random weights" or (checkpoint.name if model is not None else demo.NAME)
+        name = f"{shape} shape, random weights" if shape else (checkpoint.name if model is not None else demo.NAME)
         facts = {"name": name, "random_weights": shape is not None}
         return _measure_all(job, path, facts, text_facts, progress, on_record)
     finally:
@@ -163,8 +163,8 @@ def _follow(events: Any, name: str, progress: Callable[[str, float], None]) -> d
 
 
 def _record(spec: str, made: dict[str, Any], measured: dict[str, Any], run: Run, bandwidth: float) -> Record:
-    quality = made["quality"] or {}
-    shared = ("perplexity", "perplexity_se", "kl_mean", "kl_se", "kl_p99", "top1_agreement")
+    names = ("perplexity", "perplexity_se", "kl_mean", "kl_se", "kl_p99", "top1_agreement")
+    quality: dict[str, Any] = {name: (made["quality"] or {}).get(name) for name in names}
     from_measured = {key: value for key, value in measured.items() if key not in ("event", "bytes_per_token", "prompt_tokens")}
     return Record(
         variant=spec,
@@ -180,7 +180,7 @@ def _record(spec: str, made: dict[str, Any], measured: dict[str, Any], run: Run,
         run=run,
         layers=[LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in made["layers"]],
         notes=made["notes"],
-        **{key: quality.get(key) for key in shared},
+        **quality,
         **from_measured,
     )
 

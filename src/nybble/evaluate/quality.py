@@ -210,9 +210,7 @@ def evaluate(
             loss[chunk.window] -= at_target
             if cache is not None and file is not None and chunk.window < kl_windows:
                 if q.shape[1] != cache.vocabulary:
-                    raise UsageError(
-                        f"the model predicts {q.shape[1]} tokens, the cached float logits {cache.vocabulary}"
-                    )
+                    raise UsageError(f"the model predicts {q.shape[1]} tokens, the cached float logits {cache.vocabulary}")
                 p = _read_rows(file, cache, q.shape[0]).to(q.device)
                 kl = kl_divergence(p, q)
                 kl_sum[chunk.window] += kl.sum().item()
@@ -289,9 +287,7 @@ def _read_rows(file: BinaryIO, cache: LogitCache, rows: int) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32, copy=False).reshape(rows, cache.vocabulary))
 
 
-def _log_probs(
-    model: Any, windows: Windows, count: int, batch_tokens: int, progress: Progress | None
-) -> Iterator[_Chunk]:
+def _log_probs(model: Any, windows: Windows, count: int, batch_tokens: int, progress: Progress | None) -> Iterator[_Chunk]:
     """Predictions of every scored target of the first `count` windows, in order, a few rows at a time."""
     device = _device(model)
     batch = max(1, batch_tokens // windows.length)

@@ -60,9 +60,7 @@ def measure_speed(
     context, UsageError on counts below 1.
     """
     if new_tokens < 1 or repeats < 1 or prefill_tokens < 1:
-        raise UsageError(
-            f"new_tokens {new_tokens}, repeats {repeats}, prefill_tokens {prefill_tokens}: each must be at least 1"
-        )
+        raise UsageError(f"new_tokens {new_tokens}, repeats {repeats}, prefill_tokens {prefill_tokens}: each must be at least 1")
     context = context_of(model) if context is None else context
     _check_room(prompt_ids, new_tokens, context)
     ids = torch.tensor([prompt_ids], dtype=torch.int64, device=_device(model))  # [1, prompt]

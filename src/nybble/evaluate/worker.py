@@ -151,10 +151,10 @@ def measure(job: Job, folder: Path) -> None:
     memory.release()
     after_load = memory.resident_bytes()
     context = context_length(model)
-    prompt = prompt_tokens(tokenizer, job.prompt) if tokenizer is not None else _random_prompt(model, job.seed)
+    prompt = prompt_tokens(tokenizer, job.prompt) if job.prompt is not None else _random_prompt(model, job.seed)
     speed = measure_speed(model, prompt, job.new_tokens, job.repeats, min(job.prefill_tokens, context), context, job.seed)
     samples: dict[str, str | None] = {"sample_greedy": None, "sample_top_k": None}
-    if tokenizer is not None and job.prompt is not None:
+    if job.prompt is not None:
         samples["sample_greedy"] = greedy_text(model, tokenizer, job.prompt, job.new_tokens)
         samples["sample_top_k"] = top_k_text(model, tokenizer, job.prompt, job.new_tokens, job.seed)
     peak = memory.peak_bytes()

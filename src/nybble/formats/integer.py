@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble import kernels
+from nybble.errors import NumericError
 from nybble.formats.base import (
     Codes,
     Float32,
@@ -35,6 +36,9 @@ from nybble.formats.base import (
 )
 from nybble.formats.search import blocked_importance, search_affine, search_scale
 from nybble.formats.spec import check_options
+
+LARGEST = float(np.finfo(np.float32).max) / 2
+"""Values lie up to half a step outside the range of the weights, and a step may be two thirds of its magnitude."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,11 @@ class Integer(PackedFormat):
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         check_finite(weight)
+        if weight.size and np.abs(weight).max() > LARGEST:
+            raise NumericError(
+                f"a weight of magnitude {np.abs(weight).max():.5g} is over {LARGEST:.5g}, half the largest float32: its code "
+                "could decode to infinity; repair the checkpoint or keep this tensor in float"
+            )
         view = blocked(weight, self.granularity)
         dtype = scale_dtype(self.granularity)
         if self.asymmetric:

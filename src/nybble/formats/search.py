@@ -39,6 +39,7 @@ def blocked_importance(importance: Float32, shape: tuple[int, int], granularity:
     return view
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a candidate whose loss overflows loses every comparison
 def search_scale(
     view: Blocks, importance: Blocks, snap: Snap, top: float, plain: NDArray[np.floating], both_signs: bool
 ) -> NDArray[np.floating]:
@@ -61,13 +62,13 @@ def search_scale(
         if not both_signs:
             scale = np.abs(scale)
         _keep_better(best, lowest, scale.astype(np.float32), _loss(view, importance, snap, scale.astype(np.float32)))
-    with np.errstate(over="ignore"):  # a candidate that overflows storage loses the comparison below
-        stored = best.astype(plain.dtype)
-    stored = np.where(np.isfinite(stored), stored, plain)
+    stored = best.astype(plain.dtype)
+    stored = np.where(np.isfinite(stored), stored, plain)  # what overflows its storage type is no candidate
     better = exact_loss(view, importance, snap, stored) < exact_loss(view, importance, snap, plain)
     return np.where(better, stored, plain)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def search_affine(
     view: Blocks, importance: Blocks, bits: int, plain: NDArray[np.floating], plain_zero: NDArray[np.uint8]
 ) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
@@ -91,8 +92,7 @@ def search_affine(
         scale = np.where(square > 0, np.einsum("rbk,rbk->rb", weighted, view) / np.where(square > 0, square, 1), best)
         scale = np.abs(scale).astype(np.float32)
         _keep_better(best, lowest, scale, _affine_loss(view, importance, steps, scale, best_zero))
-    with np.errstate(over="ignore"):
-        stored = best.astype(plain.dtype)
+    stored = best.astype(plain.dtype)
     stored = np.where(np.isfinite(stored), stored, plain)
     zero8 = best_zero.astype(np.uint8)
     better = _affine_loss(view, importance, steps, stored, zero8, np.float64) < _affine_loss(

@@ -16,6 +16,7 @@ from nybble.errors import UsageError, unknown_name
 from nybble.formats.base import Format, Granularity
 
 GROUPS = (32, 64, 128, 256)
+BLOCKS: dict[str, Granularity] = {"tensor": "tensor", "channel": "channel"} | {f"g{columns}": columns for columns in GROUPS}
 
 Build = Callable[[str, "Granularity | None", frozenset[str]], Format]
 
@@ -46,13 +47,9 @@ def parse_format(spec: str | Format) -> Format:
         raise unknown_name("format", name, _families())
     granularity: Granularity | None = None
     if colon:
-        if block in ("tensor", "channel"):
-            granularity = block  # type: ignore[assignment]  # narrowed by the line above, which mypy does not see
-        elif block[:1] == "g" and block[1:].isdigit() and int(block[1:]) in GROUPS:
-            granularity = int(block[1:])
-        else:
-            groups = ", ".join(f"g{g}" for g in GROUPS)
-            raise UsageError(f"format {spec!r}: {block!r} is not a block; use tensor, channel, {groups}")
+        granularity = BLOCKS.get(block)
+        if granularity is None:
+            raise UsageError(f"format {spec!r}: {block!r} is not a block; use {', '.join(BLOCKS)}")
     if len(set(options)) != len(options):
         raise UsageError(f"format {spec!r}: an option is given twice")
     return build(name, granularity, frozenset(options))

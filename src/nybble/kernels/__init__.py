@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 from nybble.errors import UsageError, unknown_name
 from nybble.kernels import arguments, reference
-from nybble.kernels.arguments import Bytes, Floats, Parameter, row_bytes
+from nybble.kernels.arguments import Bytes, Floats, Packed, Parameter, row_bytes
 
 __all__ = [
+    "Packed",
+    "check_weight",
     "decode",
     "gather",
     "instruction_set",
     "matmul",
+    "matmul_checked",
     "native_available",
     "pack",
     "read_bandwidth",
@@ -154,7 +157,24 @@ def matmul(
     is correct but a float product is faster. Sums are float32, per block before the scale; the result depends on the
     instruction set only in rounding, and not at all on threads or on the other rows of x.
     """
-    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset)
+    return matmul_checked(x, check_weight(packed, columns, bits, levels, block, scale, offset), threads)
+
+
+def check_weight(
+    packed: Bytes,
+    columns: int,
+    bits: int,
+    levels: Floats,
+    block: int,
+    scale: Parameter,
+    offset: Parameter | None = None,
+) -> Packed:
+    """The parts of a packed weight, checked against each other once, for many calls of `matmul_checked`. No copies."""
+    return arguments.weight(packed, columns, bits, levels, block, scale, offset)
+
+
+def matmul_checked(x: Floats, weight: Packed, threads: int = 1) -> Floats:
+    """`matmul` with a weight that `check_weight` gave: its checks cost more than the product of a small matrix."""
     found: Floats = arguments.array("x", x, arguments.FLOAT32, 2)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
     if found.shape[1] != weight.columns:

@@ -52,7 +52,7 @@ def describe(model: nn.Module, stored: str | None = None) -> list[TensorInfo]:
             TensorInfo(
                 name=name,
                 aliases=tuple(other for other, _, _ in uses[1:]),
-                kind=KINDS[base] if base else "float",  # type: ignore[index]
+                kind=KINDS[base] if base else "float",
                 shape=shape,
                 dtype=_tag(tensor, stored),
                 block=table.block_of(name),

@@ -22,7 +22,7 @@ from nybble.models.replace import replace_weights, tie_parameters
 METHOD = "nybble"
 
 
-class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers has no types
+class NybbleConfig(QuantizationConfigMixin):
     """`quantization_config` of a folder: which tensors are packed, in which format and shape."""
 
     def __init__(self, tensors: dict[str, Any], container: int, **_: Any) -> None:
@@ -31,7 +31,7 @@ class NybbleConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transforme
         self.tensors = tensors
 
 
-class NybbleQuantizer(HfQuantizer):  # type: ignore[misc]
+class NybbleQuantizer(HfQuantizer):
     """Puts packed layers in the empty model before transformers fills it from the file."""
 
     requires_calibration = True  # a float model is quantized by nybble.quantize, not while it is loaded

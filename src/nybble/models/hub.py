@@ -37,5 +37,3 @@ def resolve(model: str | Path, download: bool) -> Path:
         raise InputError(f"the hub refused model {model!r} ({status}); check the name, log in, or give a folder") from error
     except OSError as error:
         raise InputError(f"cannot reach the hub for model {model!r}; it needs the network, or give a folder") from error
-
-

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  # the name everybody uses
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from nybble import kernels
@@ -44,7 +44,7 @@ class PackedWeight(nn.Module):
             self.register_buffer(suffix, torch.empty(size, dtype=self._torch_dtype(dtype)))
 
     def _torch_dtype(self, name: str) -> torch.dtype:
-        return torch.bfloat16 if str(self.format) == "bf16" else getattr(torch, name)  # type: ignore[no-any-return]
+        return torch.bfloat16 if str(self.format) == "bf16" else getattr(torch, name)
 
     @classmethod
     def from_qtensor(cls, tensor: QTensor) -> PackedWeight:
@@ -77,12 +77,27 @@ class PackedWeight(nn.Module):
             arrays[suffix] = values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy()
         return arrays
 
-    def _kernel_arguments(self) -> tuple[Any, ...]:
+    def _kernel_arguments(self) -> tuple[Any, int, int, NDArray[np.float32], int, NDArray[Any], NDArray[Any] | None]:
         """(packed, columns, bits, levels, block, scale, offset) as the kernels take them; views, not copies."""
         columns = self.shape[1]
         arrays = self._arrays()
         scale, offset = self._grid(arrays)
         return arrays["codes"], columns, self.format.bits, self._levels, self.format.block(columns), scale, offset
+
+    def _checked(self) -> kernels.Packed:
+        """The kernels' view of this weight. Kept while the buffers stay where they are, but only when it is nothing but
+        views of them: decoded offsets or scales would be memory that nobody counts."""
+        key = tuple(values.data_ptr() for values in self._buffers.values() if values is not None)
+        kept = self.__dict__.get("_kept")
+        if kept is not None and kept[0] == key:
+            return kept[1]  # type: ignore[no-any-return]
+        weight = kernels.check_weight(*self._kernel_arguments())
+        if set(self._buffers) == {"codes", "scale"}:
+            self.__dict__["_kept"] = (key, weight)
+        return weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _grid(self, arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         if set(arrays) == {"codes", "scale"}:  # no offset: hand the stored scales on without widening them
@@ -96,7 +111,7 @@ class PackedWeight(nn.Module):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight [N, K] in the given dtype, made anew at each call."""
         if self.format.is_cast:
-            return self.values.to(dtype)  # type: ignore[operator,return-value]  # a buffer
+            return self.values.to(dtype)  # type: ignore[operator]  # a buffer
         if self.device.type == "cpu":
             decoded = kernels.decode(*self._kernel_arguments(), threads=torch.get_num_threads())
             return torch.from_numpy(decoded).to(dtype)
@@ -135,7 +150,7 @@ class PackedWeight(nn.Module):
         if not fused:
             return F.linear(x, self.decode(x.dtype), bias)
         flat = np.ascontiguousarray(x.detach().reshape(tokens, self.shape[1]).numpy())
-        y = torch.from_numpy(kernels.matmul(flat, *self._kernel_arguments(), threads=torch.get_num_threads()))
+        y = torch.from_numpy(kernels.matmul_checked(flat, self._checked(), torch.get_num_threads()))
         y = y.reshape(*x.shape[:-1], self.shape[0])
         return y if bias is None else y + bias
 
@@ -158,24 +173,29 @@ class PackedWeight(nn.Module):
 class PackedLinear(nn.Linear):
     """nn.Linear whose `weight` is a PackedWeight [out, in]."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's own argument name
-        return self.weight.linear(input, self.bias)  # type: ignore[operator]
+    weight: PackedWeight  # type: ignore[assignment]  # nn.Linear's is a tensor; that is what this class is for
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight.linear(input, self.bias)
 
 
-class PackedConv1D(Conv1D):  # type: ignore[misc]  # transformers has no types
+class PackedConv1D(Conv1D):
     """transformers' Conv1D whose `weight` is a PackedWeight [out, in], not transposed."""
 
+    weight: PackedWeight
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight.linear(x, self.bias)  # type: ignore[operator,no-any-return]
+        return self.weight.linear(x, self.bias)
 
 
 class PackedEmbedding(nn.Embedding):
     """nn.Embedding whose `weight` is a PackedWeight [entries, width]."""
 
+    weight: PackedWeight  # type: ignore[assignment]  # as in PackedLinear
     compute_dtype: torch.dtype | None = None
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return self.weight.embedding(input).to(self.compute_dtype or torch.float32)  # type: ignore[operator]
+    def forward(self, input: Tensor) -> Tensor:
+        return self.weight.embedding(input).to(self.compute_dtype or torch.float32)
 
 
 _PACKED = {nn.Linear: PackedLinear, Conv1D: PackedConv1D, nn.Embedding: PackedEmbedding}

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import FileFormatError
 from nybble.formats import QTensor
 from nybble.models.describe import sites
-from nybble.models.packed import Conv1D, PackedWeight, put_packed
+from nybble.models.packed import PackedWeight, put_packed
 
 
 def replace_weights(

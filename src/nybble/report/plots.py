@@ -18,8 +18,9 @@ from nybble.evaluate.record import LayerRecord, Record
 from nybble.report.drawing import PALETTE, Plot, clean_label, new_figure, place_labels, render, style
 from nybble.report.figures import MB, format_significant, number
 from nybble.report.judge import FAMILIES, PERPLEXITY_FACTOR, Judgement, find_baseline, find_family, name_variants
+from nybble.report.overview import draw_overview
 
-PLOT_NAMES = ("memory", "speed", "quality", "histograms", "layers", "errors")
+PLOT_NAMES = ("overview", "memory", "speed", "quality", "histograms", "layers", "errors")
 LAYER_PANELS = 60
 ERROR_MAP = "cividis"
 LIMIT_SHOWN = 2.5
@@ -29,6 +30,7 @@ def draw_all(records: list[Record], judgements: list[Judgement]) -> dict[str, Pl
     """Every plot that the records allow, by name, in the order of PLOT_NAMES."""
     with style():
         plots = (
+            draw_overview(records),
             draw_memory(records),
             draw_speed(records),
             draw_quality(records),

@@ -1,0 +1,333 @@
+"""The contract of a number format, run over every format by name, block size and option.
+
+A new family of formats is found here by itself. What differs between families (casts have no params, double quantization
+ties blocks together) is asked of the format, never of its name.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from nybble import kernels
+from nybble.errors import NumericError, UsageError
+from nybble.formats import Format, QTensor, format_names, parse_format
+from nybble.formats.base import spread
+
+BLOCKS = ("", ":tensor", ":channel", ":g32", ":g64", ":g128", ":g256")
+OPTIONS = ("", ",asym", ",dq")
+SHAPES = ((5, 172), (3, 64), (1, 1), (4, 1), (1, 300), (300, 2))
+
+
+def specs_of(name: str) -> list[str]:
+    """Every spec of a name, without those that the family refuses and those that mean the same."""
+    found: list[str] = []
+    for block, option in product(BLOCKS, OPTIONS):
+        try:
+            spec = str(parse_format(name + block + option))
+        except UsageError:
+            continue
+        if spec not in found:
+            found.append(spec)
+    return found
+
+
+SPECS = [spec for name in format_names() for spec in specs_of(name)]
+PACKED = [spec for spec in SPECS if not parse_format(spec).is_cast]
+
+
+@pytest.fixture(params=SPECS)
+def fmt(request: pytest.FixtureRequest) -> Format:
+    return parse_format(request.param)
+
+
+@pytest.fixture(params=PACKED)
+def packed(request: pytest.FixtureRequest) -> Format:
+    return parse_format(request.param)
+
+
+def normal(shape: tuple[int, int], seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def kinds(shape: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
+    """Weights of many kinds, all of which every format can hold."""
+    rng = np.random.default_rng(7)
+    signs = np.where(rng.random(shape) < 0.5, np.float32(-0.0), np.float32(0.0))
+    outlier = normal(shape)
+    outlier[0, -1] = 1000.0
+    return {
+        "normal": normal(shape),
+        "small": normal(shape) * np.float32(0.02),
+        "student": np.clip(rng.standard_t(2, shape), -1e4, 1e4).astype(np.float32),
+        "uniform": rng.uniform(-1, 1, shape).astype(np.float32),
+        "positive": rng.uniform(0.5, 1, shape).astype(np.float32),
+        "outlier": outlier,
+        "constant": np.full(shape, -0.3, dtype=np.float32),
+        "signed zeros": signs,
+        "tiny": normal(shape) * np.float32(1e-30),
+        "subnormal": normal(shape) * np.float32(3e-45),
+        "one tiny row": np.concatenate([normal(shape)[:-1], normal(shape)[-1:] * np.float32(1e-30)]),
+        "65504": np.sign(normal(shape)) * np.float32(65504),
+    }
+
+
+def bound(fmt: Format, weight: NDArray[np.float32], params: dict[str, Any]) -> NDArray[np.float64]:
+    """The stated error bound of each weight."""
+    if not fmt.is_cast:
+        return np.broadcast_to(spread(fmt.max_error(params), weight.shape[1], fmt.block(weight.shape[1])), weight.shape)
+    bits, smallest = {"fp32": (60, 0.0), "fp16": (11, 2.0**-25), "bf16": (8, 2.0**-134)}[fmt.name]
+    return np.maximum(np.abs(weight.astype(np.float64)) * 2.0**-bits, smallest)
+
+
+def round_trip(fmt: Format, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    params = fmt.fit(weight)
+    return fmt.decode(fmt.encode(weight, params), params)
+
+
+def test_every_family_is_covered() -> None:
+    counts = {name: len(specs_of(name)) for name in format_names()}
+    expected = {"fp32": 1, "fp16": 1, "bf16": 1} | {f"int{b}": 12 for b in range(2, 9)} | {"nf4": 10, "fp4": 10}
+    assert expected.items() <= counts.items()
+    assert min(counts.values()) >= 1
+
+
+def test_spec_round_trip(fmt: Format) -> None:
+    assert parse_format(str(fmt)) == fmt
+    assert hash(parse_format(str(fmt))) == hash(fmt)
+    assert parse_format(f" {fmt} ") == fmt
+    assert parse_format(fmt) is fmt
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_storage_is_what_it_says_and_inverts(fmt: Format, shape: tuple[int, int]) -> None:
+    weight = normal(shape)
+    params = fmt.fit(weight)
+    codes = fmt.encode(weight, params)
+    stored = fmt.to_storage(codes, params)
+    assert {name: (array.dtype.name, array.shape) for name, array in stored.items()} == fmt.storage(shape)
+    assert fmt.stored_bits(shape) == 8 * sum(array.nbytes for array in stored.values())
+    assert fmt.bits_per_weight(shape) * weight.size == pytest.approx(fmt.stored_bits(shape))
+    again, params_again = fmt.from_storage(stored, shape)
+    assert again.dtype == codes.dtype
+    assert np.array_equal(again, codes)
+    assert {name: array.tobytes() for name, array in params_again.items()} == {k: v.tobytes() for k, v in params.items()}
+    assert np.array_equal(QTensor.from_stored(fmt, stored, shape).decode(), fmt.decode(codes, params))
+
+
+def test_codes_are_unsigned_and_in_range(fmt: Format) -> None:
+    for kind, weight in kinds((5, 172)).items():
+        codes = fmt.encode(weight, fmt.fit(weight))
+        assert codes.dtype.kind == "u", kind
+        assert codes.shape == weight.shape
+        assert int(codes.max()) < 2**fmt.bits
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_within_the_stated_bound(fmt: Format, shape: tuple[int, int]) -> None:
+    for kind, weight in kinds(shape).items():
+        params = fmt.fit(weight)
+        value = fmt.decode(fmt.encode(weight, params), params)
+        assert value.dtype == np.float32
+        assert value.shape == shape
+        error, limit = np.abs(value.astype(np.float64) - weight), bound(fmt, weight, params)
+        worst = np.unravel_index(int((error - limit).argmax()), shape)
+        assert (error <= limit).all(), f"{kind}: |{weight[worst]} - {value[worst]}| > {limit[worst]} at {worst}"
+
+
+def test_error_is_not_smaller_than_rounding_makes_it(fmt: Format) -> None:
+    """A codec that keeps the floats, or a bound that is far too wide, fails here."""
+    weight = normal((16, 512))
+    params = fmt.fit(weight)
+    error = np.abs(round_trip(fmt, weight).astype(np.float64) - weight)
+    if fmt.bits == 32:
+        assert not error.any()
+        return
+    assert error.mean() >= 0.15 * bound(fmt, weight, params).mean()
+    assert (error > 0).mean() > 0.9
+
+
+def test_encode_picks_the_nearest_value(packed: Format) -> None:
+    weight = normal((3, 172), seed=3)
+    params = packed.fit(weight)
+    value = packed.decode(packed.encode(weight, params), params)
+    every = np.stack([packed.decode(np.full(weight.shape, c, dtype=np.uint8), params) for c in range(2**packed.bits)])
+    nearest = np.abs(every.astype(np.float64) - weight).min(axis=0)
+    slack = np.abs(every).max() * 2.0**-22
+    assert (np.abs(value.astype(np.float64) - weight) <= nearest + slack).all()
+
+
+def test_decoded_values_encode_to_the_same_codes(fmt: Format) -> None:
+    for kind, weight in kinds((5, 172)).items():
+        if kind == "subnormal":  # a scale of one or two float32 units cannot tell sixteen levels apart
+            continue
+        params = fmt.fit(weight)
+        codes = fmt.encode(weight, params)
+        assert np.array_equal(fmt.decode(fmt.encode(fmt.decode(codes, params), params), params), fmt.decode(codes, params)), kind
+        if kind not in ("signed zeros", "tiny", "one tiny row"):
+            assert np.array_equal(fmt.encode(fmt.decode(codes, params), params), codes), kind
+
+
+def test_scaling_by_a_power_of_two_scales_the_result(fmt: Format) -> None:
+    weight = normal((5, 172))
+    weight += np.copysign(np.float32(2**-6), weight)  # keeps halves out of their subnormal range
+    assert np.array_equal(round_trip(fmt, weight * np.float32(4)), round_trip(fmt, weight) * np.float32(4))
+
+
+def test_rows_do_not_depend_on_their_order(fmt: Format) -> None:
+    weight, order = normal((7, 172)), np.array([3, 0, 6, 1, 5, 2, 4])
+    changed, expected = round_trip(fmt, weight[order]), round_trip(fmt, weight)[order]
+    if fmt.independent:
+        assert np.array_equal(changed, expected)
+    else:
+        assert np.abs(changed - expected).max() < 1.0
+
+
+def test_independent_blocks_do_not_see_their_neighbours(packed: Format) -> None:
+    if not packed.independent or packed.granularity == "tensor":
+        pytest.skip("blocks of this format share something")
+    weight = normal((3, 600))
+    louder = weight.copy()
+    louder[1] *= 100
+    louder[:, packed.block(600) :] *= 10
+    before, after = round_trip(packed, weight), round_trip(packed, louder)
+    first = slice(0, packed.block(600))
+    assert np.array_equal(before[[0, 2], first], after[[0, 2], first])
+    assert not np.array_equal(before[1], after[1])
+
+
+def test_zero_blocks_decode_to_exact_zeros(fmt: Format) -> None:
+    assert not round_trip(fmt, np.zeros((3, 172), dtype=np.float32)).any()
+    weight = normal((3, 512))
+    weight[1] = 0
+    weight[:, 256:] = 0
+    value = round_trip(fmt, weight)
+    assert not value[1].any()
+    assert not value[:, 256:].any()
+    assert value[0, :256].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(fmt: Format, bad: float) -> None:
+    weight = normal((3, 172))
+    params = fmt.fit(weight)
+    weight[1, 7] = weight[2, 0] = bad
+    message = rf"2 of 516 weights are not finite, the first is {bad} at row 1, column 7"
+    with pytest.raises(NumericError, match=message):
+        fmt.fit(weight)
+    with pytest.raises(NumericError, match=message):
+        fmt.encode(weight, params)
+
+
+def test_a_scale_that_overflows_its_type_is_refused(packed: Format) -> None:
+    weight = normal((3, 172))
+    weight[1, 0] = 1e30
+    if dict(packed.storage((3, 172))).get("scale", ("float32",))[0] != "float16":
+        assert np.isfinite(round_trip(packed, weight)).all()
+        return
+    with pytest.raises(NumericError, match=r"scale .* of block \(1, 0\) exceeds 65504, the largest float16; use per-channel"):
+        packed.fit(weight)
+
+
+def test_the_largest_floats_never_decode_to_infinity(packed: Format) -> None:
+    largest = np.finfo(np.float32).max
+    weight = np.array([[largest, -largest, 1.0], [largest / 3, 0.0, -largest / 7]], dtype=np.float32)
+    if packed.name.startswith("int"):
+        with pytest.raises(NumericError, match=r"magnitude 3.4028e\+38 is over 1.7014e\+38, half the largest float32"):
+            packed.fit(weight)
+        weight /= 2
+    if packed.fit(np.ones((1, 1), np.float32)).get("scale", np.float32(0)).dtype == np.float32:
+        assert np.isfinite(round_trip(packed, weight)).all()
+        searched = packed.fit(weight, np.ones(3, dtype=np.float32))
+        assert np.isfinite(packed.decode(packed.encode(weight, searched), searched)).all()
+
+
+def weighted_loss(fmt: Format, weight: NDArray[np.float32], params: dict[str, Any], importance: NDArray[np.float32]) -> float:
+    error = fmt.decode(fmt.encode(weight, params), params).astype(np.float64) - weight
+    return float((importance * error**2).sum())
+
+
+@pytest.mark.parametrize("kind", ["normal", "student", "outlier", "one tiny row", "positive", "signed zeros", "constant"])
+def test_search_is_never_worse_than_the_plain_range(packed: Format, kind: str) -> None:
+    weight = kinds((3, 172))[kind]
+    importance = np.random.default_rng(5).gamma(0.5, 1.0, 172).astype(np.float32)
+    plain = weighted_loss(packed, weight, packed.fit(weight), importance)
+    searched = weighted_loss(packed, weight, packed.fit(weight, importance), importance)
+    assert searched <= plain * (1 + 1e-6)
+
+
+def test_search_lowers_the_loss_and_weighing_lowers_the_weighted_loss(packed: Format) -> None:
+    rng = np.random.default_rng(11)
+    weight = normal((8, 512), seed=11)
+    importance = rng.gamma(0.3, 1.0, 512).astype(np.float32)
+    even = np.ones(512, dtype=np.float32)
+    plain, unweighted, weighted = packed.fit(weight), packed.fit(weight, even), packed.fit(weight, importance)
+    assert weighted_loss(packed, weight, unweighted, even) < weighted_loss(packed, weight, plain, even)
+    slack = 1.001 if packed.granularity == "tensor" else 1  # one scale for 4096 weights: the two searches end side by side
+    assert weighted_loss(packed, weight, weighted, importance) < slack * weighted_loss(packed, weight, unweighted, importance)
+
+
+def test_importance_per_weight_is_importance_per_column_repeated(packed: Format) -> None:
+    weight = normal((3, 172))
+    importance = np.linspace(0, 2, 172, dtype=np.float32)
+    per_column = packed.fit(weight, importance)
+    per_weight = packed.fit(weight, np.tile(importance, (3, 1)))
+    assert {k: v.tobytes() for k, v in per_column.items()} == {k: v.tobytes() for k, v in per_weight.items()}
+
+
+@pytest.mark.parametrize("importance", [np.ones(5), np.full(172, -1.0), np.full(172, np.nan)], ids=["shape", "negative", "nan"])
+def test_importance_that_makes_no_sense_is_refused(packed: Format, importance: NDArray[np.float64]) -> None:
+    with pytest.raises(UsageError, match="importance"):
+        packed.fit(normal((3, 172)), importance.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_decode_the_same_bits(packed: Format, shape: tuple[int, int]) -> None:
+    for kind, weight in kinds(shape).items():
+        params = packed.fit(weight)
+        codes = packed.encode(weight, params)
+        stored = packed.to_storage(codes, params)["codes"]
+        scale, offset = packed.grid(params)
+        fast = kernels.decode(stored, shape[1], packed.bits, packed.levels, packed.block(shape[1]), scale, offset)
+        assert fast.tobytes() == packed.decode(codes, params).tobytes(), kind
+
+
+def test_decode_is_levels_less_offset_times_scale(packed: Format) -> None:
+    weight = normal((3, 172))
+    params = packed.fit(weight)
+    codes = packed.encode(weight, params)
+    scale, offset = packed.grid(params)
+    assert scale.shape == packed.blocks(weight.shape)
+    value = packed.decode(codes, params)
+    for row, column in ((0, 0), (1, 171), (2, 64)):
+        at = (row, column // packed.block(172)) if scale.shape != (1, 1) else (0, 0)
+        less = np.float32(0) if offset is None else offset[at]
+        assert value[row, column] == (packed.levels[codes[row, column]] - less) * scale[at]
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(
+    spec=st.sampled_from(SPECS),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 140),
+    seed=st.integers(0, 2**32 - 1),
+    spread_of_exponents=st.integers(0, 12),
+)
+def test_any_weight_is_stored_and_read_within_the_bound(
+    spec: str, rows: int, columns: int, seed: int, spread_of_exponents: int
+) -> None:
+    fmt, rng = parse_format(spec), np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, columns)) * 2.0 ** rng.integers(-spread_of_exponents, 1, (rows, columns))
+    weight = np.where(rng.random((rows, columns)) < 0.1, 0, weight).astype(np.float32)
+    params = fmt.fit(weight)
+    codes = fmt.encode(weight, params)
+    read = QTensor.from_stored(fmt, fmt.to_storage(codes, params), weight.shape)
+    assert np.array_equal(read.codes, codes)
+    assert (np.abs(read.decode().astype(np.float64) - weight) <= bound(fmt, weight, params)).all()
+    assert not read.decode()[(weight == 0) & np.full(weight.shape, not fmt.is_cast)].any()
