@@ -85,13 +85,20 @@ def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]
         raise FileFormatError(f"quant_method is {entry.get('quant_method')!r}, not 'nybble'")
     if entry.get("container") != CONTAINER:
         raise FileFormatError(f"container version {entry.get('container')!r}; this nybble reads {CONTAINER}")
+    tensors = entry.get("tensors")
+    if not isinstance(tensors, dict):
+        raise FileFormatError(f"tensors of the quantization_config is {type(tensors).__name__}, not a map of tensor names")
     packed = {}
-    for name, item in entry.get("tensors", {}).items():
+    for name, item in tensors.items():
         try:
             rows, columns = item["shape"]
             if not (type(rows) is int and type(columns) is int and rows > 0 and columns > 0):
                 raise ValueError(f"shape {item['shape']} is not two positive integers")
-            packed[name] = (str(parse_format(item["format"])), (rows, columns))
+            if not isinstance(item["format"], str):
+                raise ValueError(f"format {item['format']!r} is not a spec string")
+            fmt = parse_format(item["format"])
+            fmt.storage((rows, columns))  # raises ValueError for sizes beyond what can be packed
+            packed[name] = (str(fmt), (rows, columns))
         except (TypeError, KeyError, ValueError, UsageError) as error:
             raise FileFormatError(f"quantization_config of tensor {name!r}: {error}") from error
     return packed
@@ -101,7 +108,7 @@ def is_native(folder: Path) -> bool:
     """Whether a folder says of itself that it is this container."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     entry = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(entry, dict) and entry.get("quant_method") == "nybble"
@@ -114,19 +121,24 @@ def open_native(folder: str | Path) -> NativeFile:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {folder / 'config.json'}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{folder / 'config.json'} is not JSON: {error}") from error
     entry = config.get("quantization_config") if isinstance(config, dict) else None
     if not isinstance(entry, dict):
         raise FileFormatError(f"{folder} is not quantized: its config.json has no quantization_config")
     file = SafetensorsFile(folder / WEIGHTS)
-    packed = read_entry(entry)
+    try:
+        packed = read_entry(entry)
+    except FileFormatError as error:
+        raise FileFormatError(f"{folder / 'config.json'}: {error}") from error
     for name, (spec, shape) in packed.items():
         for suffix in parse_format(spec).storage(shape):
             if f"{name}.{suffix}" not in file.entries:
                 raise FileFormatError(f"{file.path} lacks tensor {f'{name}.{suffix}'!r}, which config.json names")
     try:
         provenance = json.loads(file.metadata.get(PROVENANCE, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{file.path}: its provenance is not JSON: {error}") from error
+    if not isinstance(provenance, dict):
+        raise FileFormatError(f"{file.path}: its provenance is {type(provenance).__name__}, not a map")
     return NativeFile(file, provenance, packed)

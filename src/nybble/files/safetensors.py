@@ -91,8 +91,14 @@ class SafetensorsFile:
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES or length > self._size - 8:
             raise self._broken(f"its header claims {length} bytes, {self._size - 8} follow (limit {MAX_HEADER_BYTES})")
+        encoded = file.read(length)
+        if encoded[:1] != b"{":
+            raise self._broken("its header does not begin with {")
         try:
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=self._no_duplicates)
+            header = json.loads(
+                encoded.decode("utf-8"), object_pairs_hook=self._no_duplicates, parse_int=_whole, parse_constant=_no_constant
+            )
+            _check_unicode(header)
         except (ValueError, RecursionError) as error:
             if isinstance(error, FileFormatError):
                 raise
@@ -117,7 +123,7 @@ class SafetensorsFile:
             dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise self._broken(f"tensor {name!r} lacks dtype, shape or data_offsets") from error
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._broken(f"tensor {name!r} has unknown dtype {dtype!r}")
         if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
             raise self._broken(f"tensor {name!r} has a shape or offset that is not a non-negative integer")
@@ -156,6 +162,22 @@ class SafetensorsFile:
     def sha256(self) -> str:
         """SHA-256 of the whole file."""
         return file_sha256(self.path)
+
+
+def _whole(digits: str) -> int:
+    """An integer of the header. "-0" is no integer to other readers, so it is none here."""
+    if digits == "-0":
+        raise ValueError("-0 is not an integer")
+    return int(digits)
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _check_unicode(value: Any) -> None:
+    """Raise ValueError for a string, at any depth, with half a surrogate pair: Python lets it pass, UTF-8 has no such thing."""
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def file_sha256(path: Path) -> str:

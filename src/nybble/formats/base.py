@@ -74,6 +74,10 @@ class Format(ABC):
     def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
         """(scale, offset), float32 [N, blocks] each, or [1, 1] per tensor; offset None means zero."""
 
+    def grid_of_rows(self, params: Params, rows: NDArray[np.int64]) -> tuple[Float32, Float32 | None]:
+        """`grid` for some rows of the weight, int64 [T]: [T, blocks] each, or [1, 1] per tensor."""
+        return self.grid({name: values if values.shape[0] == 1 else values[rows] for name, values in params.items()})
+
     @abstractmethod
     def encode(self, weight: Float32, params: Params) -> Codes:
         """Codes [N, K] of the representable values nearest to the weight [N, K]."""

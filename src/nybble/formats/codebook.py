@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,6 +108,13 @@ class Codebook(PackedFormat):
             return dequantize_scales(params), None
         return params["scale"].astype(np.float32), None
 
+    def grid_of_rows(self, params: Params, rows: NDArray[np.int64]) -> tuple[Float32, Float32 | None]:
+        if not self.double_quantized:
+            return super().grid_of_rows(params, rows)
+        codes = params["scale_codes"]
+        place = rows[:, None] * codes.shape[1] + np.arange(codes.shape[1])  # of each scale among all of the tensor
+        return _dequantize(codes[rows], params["scale_scale"][place // NESTED_BLOCK], params["scale_offset"]), None
+
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)
         _, midpoints, code_of = _sorted(self.name)
@@ -162,9 +170,15 @@ def quantize_scales(scale: Float32) -> Params:
 def dequantize_scales(params: Params) -> Float32:
     """float32 scales [N, blocks]; a scale that rounded below zero is zero, since a block's range cannot be negative."""
     codes = params["scale_codes"]
-    nested = np.repeat(params["scale_scale"].astype(np.float32), NESTED_BLOCK)[: codes.size].reshape(codes.shape)
-    scale = dynamic_levels()[codes] * nested + params["scale_offset"].astype(np.float32)[0]
-    return np.maximum(scale, np.float32(0))
+    nested = np.repeat(params["scale_scale"], NESTED_BLOCK)[: codes.size].reshape(codes.shape)
+    return _dequantize(codes, nested, params["scale_offset"])
+
+
+def _dequantize(codes: NDArray[Any], nested: NDArray[Any], offset: NDArray[Any]) -> Float32:
+    scale = dynamic_levels()[codes]
+    scale *= nested
+    scale += offset[0]
+    return np.maximum(scale, np.float32(0), out=scale)
 
 
 @cache

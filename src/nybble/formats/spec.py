@@ -16,7 +16,7 @@ from nybble.errors import UsageError, unknown_name
 from nybble.formats.base import Format, Granularity
 
 GROUPS = (32, 64, 128, 256)
-BLOCKS: dict[str, Granularity] = {"tensor": "tensor", "channel": "channel"} | {f"g{columns}": columns for columns in GROUPS}
+BLOCKS: dict[str, Granularity] = {"tensor": "tensor", "channel": "channel", **{f"g{columns}": columns for columns in GROUPS}}
 
 Build = Callable[[str, "Granularity | None", frozenset[str]], Format]
 

@@ -77,30 +77,38 @@ class PackedWeight(nn.Module):
             arrays[suffix] = values.view(torch.uint16).numpy() if values.dtype == torch.bfloat16 else values.numpy()
         return arrays
 
-    def _kernel_arguments(self) -> tuple[Any, int, int, NDArray[np.float32], int, NDArray[Any], NDArray[Any] | None]:
-        """(packed, columns, bits, levels, block, scale, offset) as the kernels take them; views, not copies."""
-        columns = self.shape[1]
-        arrays = self._arrays()
-        scale, offset = self._grid(arrays)
-        return arrays["codes"], columns, self.format.bits, self._levels, self.format.block(columns), scale, offset
-
     def _checked(self) -> kernels.Packed:
-        """The kernels' view of this weight. Kept while the buffers stay where they are, but only when it is nothing but
-        views of them: decoded offsets or scales would be memory that nobody counts."""
+        """This weight as the kernels take it. What is a view of the buffers is checked once and kept while they stay where
+        they are; scales and offsets that have to be decoded are so at every call: kept, they would be memory that the
+        format's bits do not count."""
         key = tuple(values.data_ptr() for values in self._buffers.values() if values is not None)
         kept = self.__dict__.get("_kept")
-        if kept is not None and kept[0] == key:
-            return kept[1]  # type: ignore[no-any-return]
-        weight = kernels.check_weight(*self._kernel_arguments())
-        if set(self._buffers) == {"codes", "scale"}:
-            self.__dict__["_kept"] = (key, weight)
-        return weight
+        if kept is None or kept[0] != key:
+            arrays = self._arrays()
+            columns = self.shape[1]
+            block, (scale, offset) = self.format.block(columns), self._grid(arrays)
+            weight = kernels.check_weight(arrays["codes"], columns, self.format.bits, self._levels, block, scale, offset)
+            if self._has_plain_scale:
+                self.__dict__["_kept"] = (key, weight, None)
+                return weight
+            params = {name: array for name, array in arrays.items() if name != "codes"}
+            self.__dict__["_kept"] = kept = (key, weight._replace(scale=scale[:0], offset=None), params)
+        _, weight, params = kept
+        if params is None:
+            return weight  # type: ignore[no-any-return]
+        scale, offset = self.format.grid(params)
+        return weight._replace(scale=scale, offset=offset)  # type: ignore[no-any-return]
+
+    @cached_property
+    def _has_plain_scale(self) -> bool:
+        """Whether the stored scale is all that the kernels need: no offsets, no second level of quantization."""
+        return set(self._buffers) == {"codes", "scale"}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def _grid(self, arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any] | None]:
-        if set(arrays) == {"codes", "scale"}:  # no offset: hand the stored scales on without widening them
+        if self._has_plain_scale:  # hand it on without widening it
             return arrays["scale"], None
         return self.format.grid({name: array for name, array in arrays.items() if name != "codes"})
 
@@ -113,7 +121,7 @@ class PackedWeight(nn.Module):
         if self.format.is_cast:
             return self.values.to(dtype)  # type: ignore[operator]  # a buffer
         if self.device.type == "cpu":
-            decoded = kernels.decode(*self._kernel_arguments(), threads=torch.get_num_threads())
+            decoded = kernels.decode(*self._checked(), threads=torch.get_num_threads())
             return torch.from_numpy(decoded).to(dtype)
         return self._decode_on_device(torch.arange(self.shape[0], device=self.device)).to(dtype)
 
@@ -161,10 +169,22 @@ class PackedWeight(nn.Module):
             rows = self.values[flat].to(self.dtype)  # type: ignore[index]
         elif ids.device.type == "cpu" and self.device.type == "cpu":
             wanted = np.ascontiguousarray(flat.numpy().astype(np.int64, copy=False))
-            rows = torch.from_numpy(kernels.gather(wanted, *self._kernel_arguments()))
+            rows = torch.from_numpy(self._gather(wanted))
         else:
             rows = self._decode_on_device(flat)
         return rows.reshape(*ids.shape, self.shape[1])
+
+    def _gather(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """float32 [T, K]: some rows, without decoding the scales of all the others."""
+        if self._has_plain_scale:
+            return kernels.gather(rows, *self._checked())
+        if rows.size and not 0 <= rows.min() <= rows.max() < self.shape[0]:
+            raise IndexError(f"ids reach from {rows.min()} to {rows.max()}; the table has {self.shape[0]} rows")
+        arrays = self._arrays()
+        codes = arrays.pop("codes")[rows]
+        scale, offset = self.format.grid_of_rows(arrays, rows)
+        columns = self.shape[1]
+        return kernels.decode(codes, columns, self.format.bits, self._levels, self.format.block(columns), scale, offset)
 
     def extra_repr(self) -> str:
         return f"{self.format}, {tuple(self.shape)}"

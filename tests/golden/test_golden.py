@@ -1,0 +1,125 @@
+"""Golden bytes: what the default variants store for two fixed matrices. A change here breaks every file written before.
+
+The matrix [N, K] holds ((37 i mod 101) - 50) / 64 for i = 0, 1, ... in row order: exact in every floating type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nybble.formats import QTensor, parse_format
+
+SMALL = {
+    "fp32": {
+        "values": "000048bf000050be0000c03e000020bf000040bd0000083f0000f0be0000"
+        "e03d0000303f0000a0be0000883e00003cbf000020be0000d83e000014bf",
+    },
+    "fp16": {
+        "values": "40ba80b2003600b900aa403880b7002f803900b54034e0b900b1c036a0b8",
+    },
+    "bf16": {
+        "values": "48bf50bec03e20bf40bd083ff0bee03d303fa0be883e3cbf20bed83e14bf",
+    },
+    "int8:tensor": {
+        "codes": "015fbd1a78d63492f04dab0967c522",
+        "scale": "2793c93b",
+    },
+    "int8:tensor,asym": {
+        "codes": "0065c91b80e4379bff52b6096dd124",
+        "scale": "bdbcbc3b",
+        "zero": "88",
+    },
+    "int8:channel": {
+        "codes": "015fbd1a78e22994ff46ae0165c91c",
+        "scale": "2793c93bc662b13bf67abd3b",
+    },
+    "int4:g64": {
+        "codes": "612b083df9051bc702",
+        "scale": "252f4a2eb72e",
+    },
+    "int4:g64,asym": {
+        "codes": "702f090df7020df803",
+        "scale": "ef2cef2cef2c",
+        "zero": "0a060a",
+    },
+    "nf4:g64": {
+        "codes": "401c061ef9030bd501",
+        "scale": "403a8039e039",
+    },
+    "nf4:g64,dq": {
+        "codes": "401c061ef9030bd501",
+        "scale_codes": "ff007f",
+        "scale_scale": "0000403d",
+        "scale_offset": "00003c3f",
+    },
+    "fp4:g64": {
+        "codes": "fba509a2360db45f0a",
+        "scale": "403a8039e039",
+    },
+    "int3:g64": {
+        "codes": "5945163fcd2c",
+        "scale": "2b345633d633",
+    },
+    "int2:g64": {
+        "codes": "6902e702e601",
+        "scale": "403a8039e039",
+    },
+}
+"""Stored arrays of the [3, 5] matrix, little-endian, in the order of the file."""
+
+LARGE = {
+    "fp32": "964229cbe10a44c6",
+    "fp16": "5ca490bf0170f5ca",
+    "bf16": "9c50235076af36b7",
+    "int8:tensor": "aa8cd4ff773eed5b",
+    "int8:tensor,asym": "c939f3ff9ab95d14",
+    "int8:channel": "843410777ba80106",
+    "int4:g64": "61688480af21f399",
+    "int4:g64,asym": "90c11dd0185c539c",
+    "nf4:g64": "8a93d14104f501cc",
+    "nf4:g64,dq": "b246028cf7a5c9b0",
+    "fp4:g64": "fcd76ab416fd7f31",
+    "int3:g64": "31ec5fa69a2b62b5",
+    "int2:g64": "a954fbf9363c3341",
+}
+"""First half of the SHA-256 of all stored bytes of the [40, 172] matrix, which has short tails and full groups."""
+
+
+def matrix(rows: int, columns: int) -> NDArray[np.float32]:
+    return ((np.arange(rows * columns).reshape(rows, columns) * 37 % 101 - 50) / 64).astype(np.float32)
+
+
+def stored_bytes(spec: str, weight: NDArray[np.float32]) -> dict[str, bytes]:
+    fmt = parse_format(spec)
+    params = fmt.fit(weight)
+    stored = QTensor(fmt, fmt.encode(weight, params), params).stored()
+    return {name: array.astype(array.dtype.newbyteorder("<")).tobytes() for name, array in stored.items()}
+
+
+@pytest.mark.parametrize("spec", SMALL)
+def test_small(spec: str) -> None:
+    found = stored_bytes(spec, matrix(3, 5))
+    assert {name: data.hex() for name, data in found.items()} == SMALL[spec]
+    assert list(found) == list(SMALL[spec])
+
+
+@pytest.mark.parametrize("spec", LARGE)
+def test_large(spec: str) -> None:
+    digest = hashlib.sha256(b"".join(stored_bytes(spec, matrix(40, 172)).values())).hexdigest()
+    assert digest[:16] == LARGE[spec]
+
+
+@pytest.mark.parametrize("spec", SMALL)
+def test_bytes_of_an_older_version_are_read(spec: str) -> None:
+    fmt = parse_format(spec)
+    stored = {
+        name: np.frombuffer(bytes.fromhex(SMALL[spec][name]), np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(shape)
+        for name, (dtype, shape) in fmt.storage((3, 5)).items()
+    }
+    read = QTensor.from_stored(fmt, stored, (3, 5)).decode()
+    params = fmt.fit(matrix(3, 5))
+    assert read.tolist() == fmt.decode(fmt.encode(matrix(3, 5), params), params).tolist()
