@@ -144,11 +144,11 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 
 def test_formats_and_methods_are_found_by_file() -> None:
-    helpers = {"base", "qtensor", "search", "spec"}
+    shared = {"base", "qtensor", "search", "spec"}
     found = set()
     for module in pkgutil.iter_modules([str(ROOT / "formats")]):
         names = getattr(importlib.import_module(f"nybble.formats.{module.name}"), "NAMES", {})
-        assert bool(names) != (module.name in helpers), module.name
+        assert bool(names) != (module.name in shared), module.name
         found.update(names)
     assert sorted(found) == format_names()
     files = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}

@@ -182,6 +182,14 @@ def test_hostile_files_are_refused_fast(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
+def test_the_limit_of_the_header_holds_for_files_that_are_long_enough(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", 100_000_001))
+    os.truncate(path, 200_000_000)  # sparse: takes no space
+    with pytest.raises(FileFormatError, match=r"claims 100000001 bytes, 199999992 follow \(limit 100000000\)"):
+        SafetensorsFile(path)
+
+
 def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write(path, {"a": np.arange(6, dtype=np.uint8), "b": np.arange(3, dtype=np.float16)}, {"k": "v"})
