@@ -3,7 +3,7 @@
 Prints, per format and GPT-2 shape, microseconds a call, weights per second, and the bytes read per second over the
 bandwidth measured in the same run. Median of several rounds; a matrix that fits the caches can exceed the memory's figure.
 
-    python bench/kernels.py [--threads N] [--rounds 9]
+Run: python bench/kernels.py [--threads N] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
             fmt = parse_format(spec)
             params = fmt.fit(weight)
             stored = fmt.to_storage(fmt.encode(weight, params), params)
-            scale, offset = fmt.grid(params)
+            _, offset = fmt.grid(params)
             arguments = (stored["codes"], shape[1], fmt.bits, fmt.levels, fmt.block(shape[1]))
             packed = kernels.check_weight(*arguments, stored["scale"], offset)
             seconds = []

@@ -1,6 +1,6 @@
 """Seconds from the start of a process until nybble has answered: import, --version, inspect. Median of several runs.
 
-    python bench/startup.py [--runs 9]
+Run: python bench/startup.py [--runs 9]
 """
 
 from __future__ import annotations

@@ -92,9 +92,7 @@ def test_decode_and_gather_are_equal_to_the_bit(bits: int, instruction_set: str,
 @pytest.mark.parametrize("bits", range(1, 9))
 @many
 @given(shape=shapes(), count=st.integers(1, 9))
-def test_matmul_is_within_the_bound_of_float32_sums(
-    bits: int, instruction_set: str, shape: dict[str, Any], count: int
-) -> None:
+def test_matmul_is_within_the_bound_of_float32_sums(bits: int, instruction_set: str, shape: dict[str, Any], count: int) -> None:
     weight = make_weight(bits, shape)
     x = np.random.default_rng(shape["seed"] + 1).normal(size=(count, shape["columns"])).astype(np.float32)
     wanted = x.astype(np.float64) @ decoded(weight).astype(np.float64).T

@@ -99,9 +99,7 @@ def test_without_a_compiler_and_without_ziglang_one_line_says_what_to_install(tm
         text=True,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].startswith(
-        "nybble: no C++ compiler; install one (Debian, Ubuntu: apt install g++)"
-    )
+    assert done.stderr.splitlines()[-1].startswith("nybble: no C++ compiler; install one (Debian, Ubuntu: apt install g++)")
 
 
 def test_a_compiler_that_is_there_is_left_alone(tmp_path: Path) -> None:

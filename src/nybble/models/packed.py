@@ -10,7 +10,7 @@ in float32, up to MATVEC_TOKENS rows go through the fused kernel; otherwise the 
 
 from __future__ import annotations
 
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,9 +95,9 @@ class PackedWeight(nn.Module):
             self.__dict__["_kept"] = kept = (key, weight._replace(scale=scale[:0], offset=None), params)
         _, weight, params = kept
         if params is None:
-            return weight  # type: ignore[no-any-return]
+            return weight
         scale, offset = self.format.grid(params)
-        return weight._replace(scale=scale, offset=offset)  # type: ignore[no-any-return]
+        return weight._replace(scale=scale, offset=offset)
 
     @cached_property
     def _has_plain_scale(self) -> bool:
@@ -119,7 +119,7 @@ class PackedWeight(nn.Module):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight [N, K] in the given dtype, made anew at each call."""
         if self.format.is_cast:
-            return self.values.to(dtype)  # type: ignore[operator]  # a buffer
+            return self.get_buffer("values").to(dtype)
         if self.device.type == "cpu":
             decoded = kernels.decode(*self._checked(), threads=torch.get_num_threads())
             return torch.from_numpy(decoded).to(dtype)
@@ -129,7 +129,7 @@ class PackedWeight(nn.Module):
         """float32 [len(rows), K] with torch operations alone: for devices that the CPU kernels cannot reach."""
         columns, bits = self.shape[1], self.format.bits
         position = torch.arange(columns, device=rows.device) * bits
-        packed = F.pad(self.codes[rows].to(torch.int32), (0, 1))  # type: ignore[index]  # a code may span two bytes
+        packed = F.pad(self.get_buffer("codes")[rows].to(torch.int32), (0, 1))  # a code may span two bytes
         pair = packed[:, position // 8] | (packed[:, position // 8 + 1] << 8)
         codes = (pair >> (position % 8)) & (2**bits - 1)
         values = torch.from_numpy(self._levels).to(rows.device)[codes]
@@ -166,7 +166,7 @@ class PackedWeight(nn.Module):
         """Rows of the weight for ids [...]: [..., K], in `dtype`."""
         flat = ids.reshape(-1)
         if self.format.is_cast:
-            rows = self.values[flat].to(self.dtype)  # type: ignore[index]
+            rows = self.get_buffer("values")[flat].to(self.dtype)
         elif ids.device.type == "cpu" and self.device.type == "cpu":
             wanted = np.ascontiguousarray(flat.numpy().astype(np.int64, copy=False))
             rows = torch.from_numpy(self._gather(wanted))
@@ -229,11 +229,17 @@ def replaceable(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
-@cache
+_MIXED: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _packed_class(cls: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """`cls` with the packed layer between it and `base`: its own forward still runs, and `super()` finds ours."""
     packed = _PACKED[base]
-    return packed if cls is base else type(f"Packed{cls.__name__}", (cls, packed), {"__module__": cls.__module__})
+    if cls is base:
+        return packed
+    if cls not in _MIXED:
+        _MIXED[cls] = type(f"Packed{cls.__name__}", (cls, packed), {"__module__": cls.__module__})
+    return _MIXED[cls]
 
 
 def put_packed(module: nn.Module, weight: PackedWeight, owner: bool, compute_dtype: torch.dtype) -> None:
