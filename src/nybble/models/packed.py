@@ -26,6 +26,10 @@ from nybble.formats import Format, QTensor, parse_format
 MATVEC_TOKENS = 16
 """Rows of activations up to which the fused kernel, which re-reads packed weights per call, beats decode and multiply."""
 
+SHARED_PRODUCT = 1 << 20
+"""Multiplications from which a product is worth a second thread: below, it is done (in some 50 us) before one wakes up, and
+torch's own threads still spin on the cores."""
+
 
 class PackedWeight(nn.Module):
     """The stored arrays of a QTensor [N, K] as buffers.
@@ -158,7 +162,8 @@ class PackedWeight(nn.Module):
         if not fused:
             return F.linear(x, self.decode(x.dtype), bias)
         flat = np.ascontiguousarray(x.detach().reshape(tokens, self.shape[1]).numpy())
-        y = torch.from_numpy(kernels.matmul_checked(flat, self._checked(), torch.get_num_threads()))
+        threads = torch.get_num_threads() if tokens * self.shape.numel() >= SHARED_PRODUCT else 1
+        y = torch.from_numpy(kernels.matmul_checked(flat, self._checked(), threads))
         y = y.reshape(*x.shape[:-1], self.shape[0])
         return y if bias is None else y + bias
 
