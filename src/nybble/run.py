@@ -154,6 +154,8 @@ def quantize(
             raise InputError(f"{model} is quantized already; quantize the float model it was made from")
         source, owned, stored = checkpoint.folder, True, checkpoint.float_tag
         model = load_model(source)
+    elif any(isinstance(module, PackedWeight) for module in model.modules()):
+        raise InputError(f"this {type(model).__name__} is quantized already; quantize the float model it was made from")
     plan = make_plan(describe(model, stored), recipe)
     importance = _importance(model, plan, calibration, source, progress)
     return quantize_by_plan(model, plan, importance, source, owned, progress)
@@ -282,14 +284,14 @@ def _importance(
 ) -> dict[str, NDArray[np.float32]] | None:
     if calibration is None or not parse_method(plan.recipe.method).uses_importance:
         return None
-    if isinstance(calibration, str) or not isinstance(calibration, np.ndarray):
+    if isinstance(calibration, str) or (isinstance(calibration, list | tuple) and all(isinstance(t, str) for t in calibration)):
         calibration = _windows_of_text(model, calibration, source)
 
     def report(done: int, total: int) -> None:
         if progress:
             progress("calibration", done, total)
 
-    return input_importance(model, calibration.astype(np.int64), report)
+    return input_importance(model, np.asarray(calibration), report)
 
 
 def _windows_of_text(model: PreTrainedModel, text: str | Sequence[str], source: Path | None) -> NDArray[np.int64]:

@@ -16,12 +16,13 @@ from torch import nn
 
 from nybble.errors import InputError
 from nybble.models.describe import sites
+from nybble.models.loading import quiet
 
 
 def input_importance(
-    model: nn.Module, windows: NDArray[np.int64], progress: Callable[[int, int], None] | None = None
+    model: nn.Module, windows: NDArray[np.integer[Any]], progress: Callable[[int, int], None] | None = None
 ) -> dict[str, NDArray[np.float32]]:
-    """Weight name -> float32 [K], over token windows int64 [windows, tokens]. Embeddings have none.
+    """Weight name -> float32 [K], over token windows, integers [windows, tokens]. Embeddings have none.
 
     Products are float32, sums float64, window by window: the result does not depend on a batch size.
     Raises InputError when windows have another shape, type or ids than the model takes.
@@ -35,9 +36,9 @@ def input_importance(
             if not isinstance(module, nn.Embedding):
                 hooks.append(module.register_forward_pre_hook(_watch(name, sums, counts)))
     try:
-        with torch.inference_mode():
+        with quiet(), torch.inference_mode():
             for i, window in enumerate(windows):
-                model(torch.from_numpy(window[None].copy()))
+                model(torch.from_numpy(window[None].astype(np.int64)))
                 if progress:
                     progress(i + 1, len(windows))
     finally:
@@ -46,7 +47,7 @@ def input_importance(
     return {name: (total / counts[name]).float().numpy() for name, total in sums.items()}
 
 
-def check_windows(model: nn.Module, windows: NDArray[np.int64]) -> None:
+def check_windows(model: nn.Module, windows: NDArray[Any]) -> None:
     """Raise InputError when calibration windows are not int [windows, tokens] within the model's vocabulary."""
     if windows.ndim != 2 or windows.size == 0 or not np.issubdtype(windows.dtype, np.integer):
         raise InputError(f"calibration is {windows.dtype} {windows.shape}; it must be integers [windows, tokens]")

@@ -13,12 +13,14 @@ import traceback
 from types import FrameType
 from typing import Annotated, NoReturn
 
-import click
 import typer
 
 from nybble.cli import compare, eval, generate, inspect, plan, quantize, report
 from nybble.errors import NybbleError
 from nybble.version import __version__
+
+Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""What typer raises for wrong arguments: its own class, or that of the click package, by its version."""
 
 app = typer.Typer(
     name="nybble",
@@ -60,12 +62,10 @@ def main() -> NoReturn:
         if debug:
             traceback.print_exc()
         code = _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
+    except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing half-written was left behind", 130)
-    except KeyboardInterrupt:
-        code = _fail("interrupted; nothing half-written was left behind", 130)
-    except click.ClickException as error:
-        code = _fail(error.format_message().replace("\n", " "), 2)
+    except Misuse as error:
+        code = _fail(f"{error.format_message()} (nybble --help, or nybble VERB --help)", 2)  # type: ignore[attr-defined]
     except BrokenPipeError:  # `nybble plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141

@@ -30,25 +30,27 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON on standard output.")] = False,
 ) -> None:
     """Load, cut the text into windows, score."""
-    from nybble.calibrate.windows import PROTOCOLS, encode, read_text, token_windows
+    from nybble.calibrate.windows import encode, read_text, token_windows
     from nybble.demo.text import evaluation_text
-    from nybble.errors import unknown_name
-    from nybble.models.checkpoint import open_checkpoint
+    from nybble.errors import InputError
+    from nybble.evaluate.compare import check_scoring
+    from nybble.models.checkpoint import check_tokenizer, is_causal, open_checkpoint
     from nybble.models.hub import resolve
 
-    if protocol not in PROTOCOLS:
-        raise unknown_name("protocol", protocol, PROTOCOLS)
+    check_scoring(protocol, window, windows, stride)
     content = read_text(text) if text else evaluation_text()
     folder = resolve(model, download=True)
-    open_checkpoint(folder)
+    if not is_causal(open_checkpoint(folder).config):
+        raise InputError(f"{folder} does not predict the next token, so it has no perplexity; give a causal language model")
+    check_tokenizer(folder)
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.evaluate.quality import evaluate
-        from nybble.models.loading import context_length, load_tokenizer
+        from nybble.models.loading import load_tokenizer, window_length
         from nybble.run import load
 
         quantized = load(folder)
-        length = window or min(context_length(quantized.model()), 1024)
+        length = window_length(quantized.model(), window)
         ids, bos = encode(load_tokenizer(folder), content)
         cut = token_windows(ids, length, windows, bos, protocol, stride)
         quality = evaluate(

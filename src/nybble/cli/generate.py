@@ -23,15 +23,16 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Load and print prompt and continuation."""
-    from nybble.errors import UsageError
-    from nybble.models.checkpoint import is_causal, open_checkpoint
+    from nybble.errors import InputError, UsageError
+    from nybble.models.checkpoint import check_tokenizer, is_causal, open_checkpoint
     from nybble.models.hub import resolve
 
     if new_tokens < 1 or (top_k is not None and top_k < 1):
         raise UsageError(f"--new-tokens {new_tokens} and --top-k {top_k}: both must be at least 1")
     folder = resolve(model, download=True)
     if not is_causal(open_checkpoint(folder).config):
-        raise UsageError(f"{folder} does not predict the next token, so it cannot continue a text")
+        raise InputError(f"{folder} does not predict the next token, so it cannot continue a text")
+    check_tokenizer(folder)
     from nybble.evaluate.speed import greedy_text, top_k_text
     from nybble.models.loading import load_tokenizer
     from nybble.run import load

@@ -32,16 +32,21 @@ def run(
 ) -> None:
     """Build the plan on an empty model and print it."""
     from nybble.demo import model_folder
+    from nybble.formats import parse_format
     from nybble.methods import parse_method
-    from nybble.models.checkpoint import open_checkpoint
-    from nybble.models.describe import describe
+    from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
-    from nybble.models.loading import empty_model
     from nybble.plan import Recipe, make_plan
 
+    parse_format(to)
     recipe = Recipe(to, str(parse_method(method)), tuple(keep or ()), tuple(console.parse_rules(rule or ())))
     folder = resolve(model, download=True) if model is not None else Path(model_folder())
-    plan = make_plan(describe(empty_model(folder), open_checkpoint(folder).float_tag), recipe)
+    checkpoint = open_checkpoint(folder)
+    check_float(checkpoint)
+    from nybble.models.describe import describe  # these two import torch: only once all that can be checked without is
+    from nybble.models.loading import empty_model
+
+    plan = make_plan(describe(empty_model(folder), checkpoint.float_tag), recipe)
     if as_json:
         summary = {"hash": plan.hash, "bits_per_weight": plan.bpw, "bytes": plan.bytes, "notes": plan.notes}
         typer.echo(json.dumps({**summary, **dataclasses.asdict(plan)}, indent=1))

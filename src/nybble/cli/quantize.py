@@ -35,12 +35,15 @@ def run(
     from nybble.files.folder import check_output
     from nybble.formats import parse_format
     from nybble.methods import parse_method
+    from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
 
     parse_format(to), parse_method(method)
     check_output(output, force, marker="config.json")
     calibration = read_text(calibrate) if calibrate else None
+    rules = console.parse_rules(rule or ())
     folder = resolve(model, download=True)
+    check_float(open_checkpoint(folder))
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.run import quantize
@@ -51,7 +54,7 @@ def run(
             method,
             calibration,
             keep or (),
-            console.parse_rules(rule or ()),
+            rules,
             progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
         )
         quantized.save(output, force)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from nybble import demo, kernels
-from nybble.calibrate.windows import read_text
-from nybble.errors import InputError, UsageError
+from nybble.calibrate.windows import PROTOCOLS, read_text
+from nybble.errors import InputError, UsageError, unknown_name
 from nybble.evaluate import memory
 from nybble.evaluate.job import Job, Worker
 from nybble.evaluate.record import LayerRecord, Record, Run
 from nybble.evaluate.variants import parse_variants
-from nybble.models.checkpoint import is_causal, open_checkpoint
+from nybble.models.checkpoint import check_float, check_tokenizer, is_causal, open_checkpoint
 from nybble.models.hub import resolve
 from nybble.version import __version__
 
@@ -34,7 +34,6 @@ Progress = Callable[[str, str, float], None]
 DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out container.'
 BANDWIDTH_BYTES = 1 << 28
 GIB = 1 << 30
-PROTOCOLS = ("paper", "llama.cpp", "stride")
 
 
 def compare(
@@ -69,11 +68,13 @@ def compare(
     Raises NybbleError subclasses: wrong arguments, unusable model or text, weights that are not finite, a worker that died.
     """
     names = parse_variants(variants if isinstance(variants, str) else ",".join(variants))
-    _check_arguments(model, shape, text, protocol, window, windows, new_tokens, repeats, threads)
+    if shape is not None and (model is not None or text is not None):
+        raise UsageError("--shape makes a model of random weights: give no MODEL and no --text with it")
+    check_scoring(protocol, window, windows, stride)
+    _check_counts({"new tokens": (new_tokens, 1), "repeats": (repeats, 1), "threads": (threads, 1)})
     threads = threads or memory.machine()["cores"]
     scratch = Path(tempfile.mkdtemp(prefix="nybble-", dir=work))
     try:
-        folder = scratch / "shape" if shape else (resolve(model, download) if model is not None else demo.model_folder())
         has_text = shape is None
         evaluation, text_facts = _evaluation_text(text, scratch) if has_text else (None, None)
         if prompt is None and has_text:
@@ -82,6 +83,8 @@ def compare(
         if calibrate is not None:
             calibration = scratch / "calibration.txt"
             calibration.write_text(read_text(calibrate), encoding="utf-8")
+        # All that can be checked without the model is, before one is downloaded.
+        folder = scratch / "shape" if shape else (resolve(model, download) if model is not None else demo.model_folder())
         job = Job(
             folder=str(folder),
             work=str(scratch),
@@ -107,7 +110,10 @@ def compare(
             with Worker("shape", path, shape, threads=threads, what=f"shape {shape}") as worker:
                 worker.until("done")
         checkpoint = open_checkpoint(folder)
-        _check_causal(checkpoint.config, folder)
+        _check_comparable(checkpoint.config, folder)
+        check_float(checkpoint)
+        if has_text:
+            check_tokenizer(folder)
         name = f"{shape} shape, random weights" if shape else (checkpoint.name if model is not None else demo.NAME)
         facts = {"name": name, "random_weights": shape is not None}
         return _measure_all(job, path, facts, text_facts, progress, on_record)
@@ -242,7 +248,9 @@ def _first_words(text: str) -> str:
     return " ".join(text.split()[:8])
 
 
-def _check_causal(config: dict[str, Any], folder: Path) -> None:
+def _check_comparable(config: dict[str, Any], folder: Path) -> None:
+    if "quantization_config" in config:
+        raise InputError(f"{folder} is quantized already; compare the float model it was made from")
     if not is_causal(config):
         name = (config.get("architectures") or [config.get("model_type")])[0]
         raise InputError(
@@ -251,22 +259,18 @@ def _check_causal(config: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _check_arguments(
-    model: Any,
-    shape: str | None,
-    text: Any,
-    protocol: str,
-    window: int | None,
-    windows: int,
-    new_tokens: int,
-    repeats: int,
-    threads: int | None,
-) -> None:
-    if shape is not None and (model is not None or text is not None):
-        raise UsageError("--shape makes a model of random weights: give no MODEL and no --text with it")
+def check_scoring(protocol: str, window: int | None, windows: int | None, stride: int | None) -> None:
+    """Raise UsageError for settings of the perplexity that no model and no text could satisfy."""
     if protocol not in PROTOCOLS:
-        raise UsageError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    limits = {"window": (window, 2), "windows": (windows, 1), "new tokens": (new_tokens, 1), "repeats": (repeats, 1)}
-    for what, (value, least) in {**limits, "threads": (threads, 1)}.items():
+        raise unknown_name("protocol", protocol, PROTOCOLS)
+    _check_counts({"window": (window, 2), "windows": (windows, 1), "stride": (stride, 1)})
+    if stride is not None and protocol != "stride":
+        raise UsageError(f"stride {stride} given with protocol {protocol}; only protocol stride takes one")
+    if stride is not None and window is not None and stride >= window:
+        raise UsageError(f"stride {stride} must be less than the window of {window} tokens, or text would be left out")
+
+
+def _check_counts(counts: dict[str, tuple[int | None, int]]) -> None:
+    for what, (value, least) in counts.items():
         if value is not None and value < least:
             raise UsageError(f"{what} is {value}; the least is {least}")

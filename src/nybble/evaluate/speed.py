@@ -62,7 +62,7 @@ def measure_speed(
     if new_tokens < 1 or repeats < 1 or prefill_tokens < 1:
         raise UsageError(f"new_tokens {new_tokens}, repeats {repeats}, prefill_tokens {prefill_tokens}: each must be at least 1")
     context = context_of(model) if context is None else context
-    _check_room(prompt_ids, new_tokens, context)
+    check_room(prompt_ids, new_tokens, context)
     ids = torch.tensor([prompt_ids], dtype=torch.int64, device=_device(model))  # [1, prompt]
 
     _generate(model, ids, min(new_tokens, 4))
@@ -124,7 +124,8 @@ def context_of(model: Any) -> int | None:
     return None
 
 
-def _check_room(prompt_ids: list[int], new_tokens: int, context: int | None) -> None:
+def check_room(prompt_ids: list[int], new_tokens: int, context: int | None) -> None:
+    """Raise InputError when the prompt is empty, or it and the new tokens exceed the context."""
     if not prompt_ids:
         raise InputError("the prompt is empty; give at least one word to continue")
     total = len(prompt_ids) + new_tokens
@@ -137,7 +138,7 @@ def _check_room(prompt_ids: list[int], new_tokens: int, context: int | None) -> 
 
 def _continue(model: Any, tokenizer: Any, prompt: str, new_tokens: int, sampling: dict[str, Any]) -> str:
     ids = prompt_tokens(tokenizer, prompt)
-    _check_room(ids, new_tokens, context_of(model))
+    check_room(ids, new_tokens, context_of(model))
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     output = _generate(model, torch.tensor([ids], device=_device(model)), new_tokens, end=end, **sampling)[0].tolist()
     # Decoded together with the prompt and cut: a sentencepiece tokenizer drops the space that begins a text.

@@ -48,6 +48,7 @@ def quality(job: Job) -> None:
         recipe = Recipe(variant.format, method, () if casting else job.keep, () if casting else job.rules)
         plans.append((variant, make_plan(tensors, recipe)))
     windows = _windows(job, model)
+    _check_prompt(job, model)
     importance = _importance(job, model, [variant.method for variant, _ in plans])
     cache = None
     if windows is not None:
@@ -209,13 +210,22 @@ def bytes_per_token(model: Any) -> int:
 
 def _windows(job: Job, model: Any) -> Any:
     from nybble.calibrate.windows import encode, token_windows
-    from nybble.models.loading import context_length, load_tokenizer
+    from nybble.models.loading import load_tokenizer, window_length
 
     if job.text is None:
         return None
-    length = job.window or min(context_length(model), 1024)
+    length = window_length(model, job.window)
     ids, bos = encode(load_tokenizer(job.folder), Path(job.text).read_text(encoding="utf-8"))
     return token_windows(ids, length, job.windows, bos, job.protocol, job.stride)
+
+
+def _check_prompt(job: Job, model: Any) -> None:
+    """The timed runs come much later, in other processes: say now that prompt and new tokens do not fit."""
+    from nybble.evaluate.speed import check_room, prompt_tokens
+    from nybble.models.loading import context_length, load_tokenizer
+
+    prompt = _random_prompt(model, job.seed) if job.prompt is None else prompt_tokens(load_tokenizer(job.folder), job.prompt)
+    check_room(prompt, job.new_tokens, context_length(model))
 
 
 def _importance(job: Job, model: Any, methods: list[str]) -> Any:

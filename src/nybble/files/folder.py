@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nybble.errors import OutputError
@@ -43,6 +43,7 @@ def new_folder(path: str | Path, force: bool, marker: str) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     check_output(path, force, marker)
+    made = [p for p in path.parents if not p.exists()]  # innermost first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
@@ -58,6 +59,15 @@ def new_folder(path: str | Path, force: bool, marker: str) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if not path.exists():
+            _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Take back the parents made for an output that did not come; one that somebody else uses by now stays."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _put_in_place(work: Path, path: Path) -> None:

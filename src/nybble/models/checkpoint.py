@@ -80,6 +80,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, tuple(files))
 
 
+def check_tokenizer(folder: str | Path) -> None:
+    """Raise InputError when a folder has no tokenizer file at all: known before anything is loaded."""
+    if not any((Path(folder) / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json); copy it there from the model's source")
+
+
+def check_float(checkpoint: Checkpoint) -> None:
+    """Raise InputError for a quantized folder where a float model is needed."""
+    if "quantization_config" in checkpoint.config:
+        raise InputError(f"{checkpoint.folder} is quantized already; give the float model that it was made from")
+
+
 def is_causal(config: dict[str, Any]) -> bool:
     """Whether a config.json is of a model that predicts the next token."""
     name = (config.get("architectures") or [""])[0]

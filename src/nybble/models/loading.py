@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nybble.errors import FileFormatError, InputError
+from nybble.errors import FileFormatError, InputError, NumericError, UsageError
 from nybble.models import hf_quantizer as _registers_itself  # noqa: F401
-from nybble.models.checkpoint import open_checkpoint
+from nybble.models.checkpoint import check_tokenizer, open_checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -25,14 +26,20 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a folder, float or packed by nybble, in eval mode on the CPU. `dtype` is that of its float tensors.
 
-    Raises InputError or FileFormatError when the folder is missing, broken, incomplete, or of an unknown architecture.
+    Raises InputError or FileFormatError when the folder is missing, broken, incomplete, or of an unknown architecture,
+    NumericError when a tensor holds NaN or infinity.
     """
     checkpoint = open_checkpoint(folder)
     cls = _model_class(checkpoint.config)
     with quiet():
         try:
             model, info = cls.from_pretrained(
-                checkpoint.folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                checkpoint.folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise InputError(f"transformers cannot load {checkpoint.folder}: {_first_line(error)}") from error
@@ -44,9 +51,29 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
             f"{checkpoint.folder} does not fill its model: {len(missing)} tensors missing, {len(mismatched)} of another "
             f"shape ({names}{', ...' if len(missing + mismatched) > 3 else ''}); is config.json of another model?"
         )
+    check_finite(model)
     if dtype in (torch.float16, torch.bfloat16):
         lay_out_for_half(model)
     return model.eval()
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise NumericError, naming tensor, count and place, when a saved float tensor holds NaN or infinity.
+
+    Reads every float once and makes no copy: a few milliseconds for 100 MB.
+    """
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        # NaN comes through minimum and maximum alike, infinity through one of them
+        if all(math.isfinite(end) for end in map(float, torch.aminmax(tensor))):
+            continue
+        places = (~torch.isfinite(tensor)).nonzero()
+        first = tuple(int(i) for i in places[0])
+        raise NumericError(
+            f"{name}: {len(places)} of {tensor.numel()} values are not finite, the first is {float(tensor[first])} at "
+            f"{list(first)}; repair the checkpoint or get it again"
+        )
 
 
 def lay_out_for_half(model: PreTrainedModel) -> None:
@@ -86,8 +113,7 @@ def warm_up(config: dict[str, Any]) -> None:
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The tokenizer of a folder. Raises InputError when it has none that transformers can load."""
-    if not any((Path(folder) / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
-        raise InputError(f"{folder} has no tokenizer (tokenizer.json); copy it there from the model's source")
+    check_tokenizer(folder)
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
@@ -103,6 +129,14 @@ def context_length(model: PreTrainedModel) -> int:
         if isinstance(value, int) and value > 0:
             return value
     raise InputError(f"the config of {type(model).__name__} states no context length; set max_position_embeddings in it")
+
+
+def window_length(model: PreTrainedModel, window: int | None) -> int:
+    """Tokens of a scored window: as asked, or the context but at most 1024. Raises UsageError beyond the context."""
+    context = context_length(model)
+    if window is not None and window > context:
+        raise UsageError(f"window of {window} tokens is longer than the model's context of {context}; choose --window smaller")
+    return window or min(context, 1024)
 
 
 def _model_class(config: dict[str, Any]) -> Any:
@@ -141,4 +175,15 @@ def quiet() -> Iterator[None]:
             logger.enable_progress_bar()
 
 
-__all__ = ["DTYPES", "context_length", "empty_model", "lay_out_for_half", "load_model", "load_tokenizer", "quiet", "warm_up"]
+__all__ = [
+    "DTYPES",
+    "check_finite",
+    "context_length",
+    "empty_model",
+    "lay_out_for_half",
+    "load_model",
+    "load_tokenizer",
+    "quiet",
+    "warm_up",
+    "window_length",
+]

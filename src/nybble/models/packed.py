@@ -39,6 +39,8 @@ class PackedWeight(nn.Module):
 
     _is_hf_initialized = True  # transformers must not fill it with random numbers
     requires_grad = False
+    compute_dtype = torch.float32
+    """Of the float weight that a caller sees who reads this as a tensor."""
 
     def __init__(self, spec: str | Format, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -73,6 +75,20 @@ class PackedWeight(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.buffers()).device
+
+    @property
+    def T(self) -> Tensor:
+        """The decoded weight transposed, [K, N]: for a layer whose forward multiplies by itself (Falcon's)."""
+        return self.decode(self.compute_dtype).T
+
+    @classmethod
+    def __torch_function__(cls, function: Any, _: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Any torch function that is given this in the place of a tensor works on the decoded weight."""
+
+        def dense(value: Any) -> Any:
+            return value.decode(value.compute_dtype) if isinstance(value, PackedWeight) else value
+
+        return function(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         arrays = {}
@@ -253,11 +269,13 @@ def put_packed(module: nn.Module, weight: PackedWeight, owner: bool, compute_dty
     base = replaceable(module)
     assert base is not None, f"{type(module).__name__} has no weight to replace"
     del module._parameters["weight"]
+    weight.compute_dtype = compute_dtype
     if owner:
         module._modules["weight"] = weight
     else:
         module.__dict__["weight"] = weight
     module.__class__ = _packed_class(type(module), base)
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    # transformers may skip it after loading, unless it has a buffer that no file holds (Gemma's scale of the embedding)
+    module._is_hf_initialized = not module._non_persistent_buffers_set  # type: ignore[assignment]
     if base is nn.Embedding:
         module.compute_dtype = compute_dtype  # type: ignore[assignment]

@@ -1,0 +1,116 @@
+"""Every verb as its user meets it: help, version, JSON, pipes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+import nybble
+from nybble import demo
+
+Run = Callable[..., CompletedProcess[str]]
+VERBS = ("compare", "report", "quantize", "plan", "inspect", "eval", "generate")
+
+
+def succeed(done: CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory, nybble_command: Run) -> Path:
+    folder = tmp_path_factory.mktemp("packed") / "m"
+    shown = succeed(nybble_command("quantize", demo.model_folder(), "--to", "int4:g64", "-o", folder))
+    assert "4.2500 bits per weight" in shown
+    assert str(folder) in shown
+    return folder
+
+
+def test_version(nybble_command: Run) -> None:
+    assert succeed(nybble_command("--version")) == f"nybble {nybble.__version__}\n"
+
+
+def test_help_names_every_verb(nybble_command: Run) -> None:
+    shown = succeed(nybble_command("--help"))
+    assert all(f"  {verb} " in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_an_example_on_a_line_of_its_own(verb: str, nybble_command: Run) -> None:
+    lines = [line.strip() for line in succeed(nybble_command(verb, "--help")).splitlines()]
+    assert any(line.startswith(f"nybble {verb}") for line in lines)
+
+
+def test_plan_shows_every_tensor_and_its_reason(nybble_command: Run) -> None:
+    shown = succeed(nybble_command("plan", "--to", "int4:g64", "--keep", "wpe"))
+    assert "kept by --keep wpe" in shown
+    assert "tied with lm_head.weight" in shown
+    facts = json.loads(succeed(nybble_command("plan", "--to", "int4:g64", "--keep", "wpe", "--json")))
+    assert all(row["tensor"]["name"] in shown for row in facts["rows"])
+    assert all(row["reason"] for row in facts["rows"])
+    assert facts["notes"] == ["kept in float: transformer.wpe.weight"]
+
+
+def test_inspect_shows_what_quantize_wrote(packed: Path, nybble_command: Run) -> None:
+    for path in (packed, packed / "model.safetensors"):
+        facts = json.loads(succeed(nybble_command("inspect", path, "--json")))
+        assert facts["provenance"]["format"] == "int4:g64"
+        assert facts["file_bytes"] == (packed / "model.safetensors").stat().st_size
+        formats = {tensor["name"]: tensor["format"] for tensor in facts["tensors"]}
+        assert formats["transformer.wte.weight"] == "int4:g64"
+        assert formats["transformer.ln_f.weight"] == "F16"
+    shown = succeed(nybble_command("inspect", packed))
+    assert "packed by nybble" in shown
+    assert "plan_hash" in shown
+
+
+def test_inspect_imports_no_torch(packed: Path, python_script: Callable[..., str]) -> None:
+    program = """
+import sys
+sys.argv = ["nybble", "inspect", sys.argv[1]]
+from nybble.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+assert not {"torch", "transformers", "matplotlib"} & set(sys.modules), "inspect imported what it does not need"
+"""
+    assert "transformer.wte.weight" in python_script(program, packed)
+
+
+def test_eval_gives_the_same_figures_as_json(packed: Path, nybble_command: Run) -> None:
+    arguments = ("eval", packed, "--windows", "2", "--window", "128")
+    facts = json.loads(succeed(nybble_command(*arguments, "--json")))
+    assert facts["scored_tokens"] == 2 * 127
+    assert facts["window"] == 128
+    assert f"perplexity {facts['perplexity']:.4f}" in succeed(nybble_command(*arguments))
+
+
+@pytest.mark.slow
+def test_generate_is_repeatable_with_a_seed(packed: Path, nybble_command: Run) -> None:
+    arguments = ("generate", packed, "--prompt", "def main(", "--new-tokens", "12", "--top-k", "40")
+    first = succeed(nybble_command(*arguments, "--seed", "1"))
+    assert first.startswith("def main(")
+    assert len(first) > len("def main(") + 3
+    assert succeed(nybble_command(*arguments, "--seed", "1")) == first
+    assert succeed(nybble_command(*arguments, "--seed", "2")) != first
+
+
+def test_a_closed_pipe_is_no_error(environment: dict[str, str]) -> None:
+    """`nybble plan | head -1`: the reader goes away before everything is written."""
+    command = [sys.executable, "-m", "nybble", "plan", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(60) in (0, 1, 141)
