@@ -50,9 +50,14 @@ class MeasureError(NybbleError, RuntimeError):
     """A measuring process died or gave no result."""
 
 
+MOST_NAMES = 20
+"""An error lists so many known names at most: the weights of a model are hundreds."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """The error for a name that is not known: says what was given, the nearest names, and all that there are."""
+    """The error for a name that is not known: says what was given, the nearest names, and what there is."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names)})")
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names[:MOST_NAMES])}{more})")

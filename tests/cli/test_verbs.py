@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,11 +12,14 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+from typer.main import get_command
 
 import nybble
 from nybble import demo
+from nybble.cli import app
 
 Run = Callable[..., CompletedProcess[str]]
+README = Path(__file__).parents[2] / "README.md"
 VERBS = ("compare", "report", "quantize", "plan", "inspect", "eval", "generate")
 
 
@@ -86,6 +91,7 @@ assert not {"torch", "transformers", "matplotlib"} & set(sys.modules), "inspect 
     assert "transformer.wte.weight" in python_script(program, packed)
 
 
+@pytest.mark.slow
 def test_eval_gives_the_same_figures_as_json(packed: Path, nybble_command: Run) -> None:
     arguments = ("eval", packed, "--windows", "2", "--window", "128")
     facts = json.loads(succeed(nybble_command(*arguments, "--json")))
@@ -114,3 +120,41 @@ def test_a_closed_pipe_is_no_error(environment: dict[str, str]) -> None:
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(60) in (0, 1, 141)
+
+
+def test_the_plan_is_what_quantize_carries_out(packed: Path, nybble_command: Run) -> None:
+    planned = json.loads(succeed(nybble_command("plan", demo.model_folder(), "--to", "int4:g64", "--json")))
+    written = json.loads(succeed(nybble_command("inspect", packed, "--json")))
+    assert re.fullmatch("[0-9a-f]{64}", planned["hash"])
+    assert planned["hash"] == written["provenance"]["plan_hash"]
+    becomes = {row["tensor"]["name"]: row["format"] for row in planned["rows"] if row["format"]}
+    assert becomes == {tensor["name"]: tensor["format"] for tensor in written["tensors"] if ":" in tensor["format"]}
+    assert planned["bytes"] == written["bytes"]
+
+
+def test_inspect_of_a_float_folder(nybble_command: Run) -> None:
+    facts = json.loads(succeed(nybble_command("inspect", demo.model_folder(), "--json")))
+    assert facts["kind"] == "gpt2 model"
+    assert {tensor["format"] for tensor in facts["tensors"]} == {"F16"}
+    assert facts["bits_per_weight"] == 16
+    assert facts["bytes"] < facts["file_bytes"] < facts["bytes"] + 20_000
+
+
+def commands_of_the_readme() -> list[str]:
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("nybble ")]
+
+
+def test_the_readme_shows_commands() -> None:
+    shown = {shlex.split(line)[1] for line in commands_of_the_readme()}
+    assert shown == set(VERBS)
+
+
+@pytest.mark.parametrize("line", commands_of_the_readme())
+def test_a_command_of_the_readme_exists(line: str) -> None:
+    """Its verb and every option of it are those of the program, and it parses; nothing is run."""
+    verb, *words = shlex.split(line, comments=True)[1:]
+    command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+    options = {name for parameter in command.params for name in parameter.opts if name.startswith("-")}
+    assert {word for word in words if word.startswith("-")} <= options
+    assert command.make_context(verb, words).args == []

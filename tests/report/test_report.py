@@ -27,7 +27,7 @@ from nybble.report.drawing import PALETTE, clean_label
 from nybble.report.markdown import escape, render_markdown
 from nybble.report.page import clean_text, embed_json, render_page, split_sample
 
-PLOTS = ("memory", "speed", "quality", "histograms", "layers", "errors")
+PLOTS = ("overview", "memory", "speed", "quality", "histograms", "layers", "errors")
 
 
 class Elements(HTMLParser):

@@ -19,6 +19,7 @@ from nybble.cli import compare, eval, generate, inspect, plan, quantize, report
 from nybble.errors import NybbleError
 from nybble.version import __version__
 
+INTERRUPTED = 130
 Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for wrong arguments: its own class, or that of the click package, by its version."""
 
@@ -58,12 +59,14 @@ def main() -> NoReturn:
     try:
         code = app(args=arguments, standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # typer turned KeyboardInterrupt into this, silently
+            raise KeyboardInterrupt
     except NybbleError as error:
         if debug:
             traceback.print_exc()
         code = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing half-written was left behind", 130)
+        code = _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
     except Misuse as error:
         code = _fail(f"{error.format_message()} (nybble --help, or nybble VERB --help)", 2)  # type: ignore[attr-defined]
     except BrokenPipeError:  # `nybble plan | head`

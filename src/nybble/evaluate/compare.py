@@ -110,7 +110,7 @@ def compare(
             with Worker("shape", path, shape, threads=threads, what=f"shape {shape}") as worker:
                 worker.until("done")
         checkpoint = open_checkpoint(folder)
-        _check_comparable(checkpoint.config, folder)
+        _check_causal(checkpoint.config, folder)
         check_float(checkpoint)
         if has_text:
             check_tokenizer(folder)
@@ -248,9 +248,7 @@ def _first_words(text: str) -> str:
     return " ".join(text.split()[:8])
 
 
-def _check_comparable(config: dict[str, Any], folder: Path) -> None:
-    if "quantization_config" in config:
-        raise InputError(f"{folder} is quantized already; compare the float model it was made from")
+def _check_causal(config: dict[str, Any], folder: Path) -> None:
     if not is_causal(config):
         name = (config.get("architectures") or [config.get("model_type")])[0]
         raise InputError(

@@ -75,6 +75,7 @@ class Worker:
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed in __exit__
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["TMPDIR"] = str(job.parent)  # what libraries leave there (torch does) goes with the scratch folder
         self._process = subprocess.Popen(
             [sys.executable, "-m", "nybble.evaluate.worker", kind, str(job), *arguments],
             stdin=subprocess.PIPE,

@@ -10,6 +10,8 @@ from nybble.errors import InputError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 PATTERNS = ("*.json", "*.safetensors", "*.txt", "tokenizer.model", "*.jinja")
+ANSWER_SECONDS = 5.0
+"""How long the hub may take to say whether it has a model."""
 
 
 def resolve(model: str | Path, download: bool) -> Path:
@@ -21,11 +23,19 @@ def resolve(model: str | Path, download: bool) -> Path:
     path = Path(model)
     if path.exists() or isinstance(model, Path) or not HUB_NAME.fullmatch(model) or model.count("/") > 1:
         return path
-    from huggingface_hub import snapshot_download  # takes a quarter of a second, so only here
+    from huggingface_hub import HfApi, snapshot_download  # takes a quarter of a second, so only here
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     offline = not download or os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
     try:
+        if not offline:
+            # snapshot_download asks the same without a time limit: a network that swallows packets would hang it
+            try:
+                HfApi().model_info(model, timeout=ANSWER_SECONDS)
+            except HfHubHTTPError:
+                raise
+            except Exception:  # of the HTTP library, which is not ours to name: timeout, no route, a broken proxy
+                offline = True
         return Path(snapshot_download(model, allow_patterns=list(PATTERNS), local_files_only=offline))
     except LocalEntryNotFoundError as error:
         raise InputError(
@@ -35,5 +45,6 @@ def resolve(model: str | Path, download: bool) -> Path:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no answer"
         raise InputError(f"the hub refused model {model!r} ({status}); check the name, log in, or give a folder") from error
-    except OSError as error:
-        raise InputError(f"cannot reach the hub for model {model!r}; it needs the network, or give a folder") from error
+    except Exception as error:  # it was there a moment ago: a connection that broke, a full disk, a bad answer
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"cannot fetch hub model {model!r} ({reason}); it needs the network, or give a folder") from error

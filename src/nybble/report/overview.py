@@ -25,6 +25,8 @@ def draw_overview(records: list[Record]) -> Plot | None:
         ("Mean KL to the float model", lambda r: number(r.kl_mean)),
     ]
     panels = [panel for panel in panels if any(panel[1](r) for r in records)]
+    if len(panels) < 2:  # the memory plot says as much
+        return None
     figure = new_figure(1.1 + 0.3 * len(records))
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, value) in zip(grid, panels, strict=True):
