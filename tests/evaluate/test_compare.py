@@ -73,7 +73,7 @@ def test_records_are_complete(demo_run: Outcome) -> None:
         assert record.seconds_50_tokens_runs is not None
         assert len(record.seconds_50_tokens_runs) == 1
         assert record.tokens_per_second == pytest.approx(5 / (record.seconds_50_tokens or 0))
-        assert 0 < (record.first_token_seconds or 0) <= 2 * (record.seconds_50_tokens or 0)
+        assert (record.first_token_seconds or 0) > 0
         assert (record.prefill_tokens_per_second or 0) > (record.tokens_per_second or 0)
         assert (record.limit_tokens_per_second or 0) > 0
         assert (record.load_seconds or 0) > 0

@@ -27,13 +27,13 @@ def quality(job: Job) -> None:
     import torch
 
     from nybble.evaluate.layers import LayerObserver, histogram_limit
-    from nybble.evaluate.quality import LogitCache, evaluate
+    from nybble.evaluate.quality import LogitCache
     from nybble.evaluate.variants import parse_variant
     from nybble.models.checkpoint import open_checkpoint
     from nybble.models.describe import describe
     from nybble.models.loading import load_model
     from nybble.plan import Recipe, make_plan
-    from nybble.run import float_weights, quantize_by_plan
+    from nybble.run import float_weights
 
     torch.set_num_threads(job.threads)
     model = load_model(job.folder)
@@ -80,52 +80,60 @@ def quality(job: Job) -> None:
     for i, (variant, plan) in enumerate(plans):
         sys.stdin.readline()
         observer = LayerObserver(plan, model_limit, layer_limits)
-        observing = [0.0]
-
-        def observe(*seen: Any, observer: LayerObserver = observer, observing: list[float] = observing) -> None:
-            start = time.perf_counter()
-            observer.observe(*seen)
-            observing[0] += time.perf_counter() - start
-
-        def report_layer(name: str, done: int, total: int) -> None:
-            emit("progress", what=f"quantizing {name}", done=done, total=total)
-
-        start = time.perf_counter()
-        quantized = quantize_by_plan(model, plan, importance, Path(job.folder), progress=report_layer, observe=observe)
         folder = Path(job.work) / f"variant-{i}"
-        quantized.save(folder)
-        seconds = time.perf_counter() - start - observing[0]
-        plan_notes, bpw = list(plan.notes), plan.bpw
-        del quantized
-        gc.collect()
-        scored = None
-        if windows is not None:
-            from nybble.run import load
-
-            stored = load(folder)
-
-            def report_window(done: int, total: int) -> None:
-                emit("progress", what="perplexity", done=done, total=total)
-
-            scored = evaluate(stored.model(), windows, cache, progress=report_window)
-            del stored
-            gc.collect()
+        seconds = _make_variant(model, plan, importance, Path(job.folder), observer, folder)
+        scored = _score_folder(folder, windows, cache) if windows is not None else None
         emit(
             "variant",
             folder=str(folder),
             format=variant.format,
             method=variant.method,
             plan_hash=plan.hash,
-            bpw=bpw,
+            bpw=plan.bpw,
             file_bytes=(folder / "model.safetensors").stat().st_size,
             quantize_seconds=seconds,
-            notes=plan_notes + ([scored.note] if scored and scored.note else []),
+            notes=list(plan.notes) + ([scored.note] if scored and scored.note else []),
             quality=None if scored is None else dataclasses.asdict(scored),
             layers=[dataclasses.asdict(layer) for layer in observer.layers],
             model_histogram_limit=model_limit,
             model_histogram=observer.model_counts.tolist(),
         )
     emit("done")
+
+
+def _make_variant(model: Any, plan: Any, importance: Any, source: Path, observer: Any, folder: Path) -> float:
+    """Quantize and save one variant; returns the seconds that took, without those of looking at every layer."""
+    from nybble.run import quantize_by_plan
+
+    looking = 0.0
+
+    def observe(*seen: Any) -> None:
+        nonlocal looking
+        start = time.perf_counter()
+        observer.observe(*seen)
+        looking += time.perf_counter() - start
+
+    def report(name: str, done: int, total: int) -> None:
+        emit("progress", what=f"quantizing {name}", done=done, total=total)
+
+    start = time.perf_counter()
+    quantize_by_plan(model, plan, importance, source, progress=report, observe=observe).save(folder)
+    seconds = time.perf_counter() - start - looking
+    gc.collect()
+    return seconds
+
+
+def _score_folder(folder: Path, windows: Any, cache: Any) -> Any:
+    """Quality of a saved variant, loaded again from its file."""
+    from nybble.evaluate.quality import evaluate
+    from nybble.run import load
+
+    def report(done: int, total: int) -> None:
+        emit("progress", what="perplexity", done=done, total=total)
+
+    scored = evaluate(load(folder).model(), windows, cache, progress=report)
+    gc.collect()
+    return scored
 
 
 def measure(job: Job, folder: Path) -> None:
