@@ -188,4 +188,4 @@ def test_light_things_import_nothing_heavy(name: str) -> None:
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stdout.splitlines(), done.stdout[-500:]
-    assert seconds < 20, f"took {seconds:.1f} s; far over what even a loaded machine needs without torch"
+    assert seconds < 60, f"took {seconds:.1f} s; far over what even a loaded machine needs without torch"

@@ -92,7 +92,7 @@ def loaded_torch(process: subprocess.Popen[str]) -> Callable[[], bool]:
 
 
 def check_interrupted(process: subprocess.Popen[str], folder: Path, names: set[str]) -> None:
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=90)[1]
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1].startswith("nybble: error: interrupted")
     assert "Traceback" not in stderr
@@ -143,7 +143,7 @@ def test_killed_worker(kind: str, what: str, start: Start, tmp_path: Path) -> No
     process = start(*COMPARE)
     wait_for(measuring(tmp_path, kind), process)
     os.kill(workers(tmp_path, kind)[0], signal.SIGKILL)
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=90)[1]
     assert process.returncode == 1
     last = stderr.splitlines()[-1]
     assert last.startswith(f"nybble: error: the process measuring {what} was ended by SIGKILL")

@@ -245,7 +245,7 @@ def test_found_before_a_model_is_loaded(case: str, run: Run) -> None:
     seconds = time.perf_counter() - start
     check_one_line(done, code, *parts)
     if case != "unknown shape":  # a worker that has imported torch names the shapes
-        assert seconds < 20
+        assert seconds < 60
 
 
 LOADED: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
@@ -291,7 +291,7 @@ def test_hub_name_without_a_network(run: Run, tmp_path: Path) -> None:
     start = time.perf_counter()
     done = run("compare", "somebody/some-model", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "in" / "nothing"))
     check_one_line(done, 1, "'somebody/some-model'", "network", "folder")
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 60  # a hang lasts two minutes and more
 
 
 def test_hub_that_never_answers(run: Run, tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_hub_that_never_answers(run: Run, tmp_path: Path) -> None:
         start = time.perf_counter()
         done = run("plan", "gpt2", HF_ENDPOINT=address, HF_HOME=str(tmp_path / "in" / "nothing"))
         check_one_line(done, 1, "'gpt2'", "network", "folder")
-        assert time.perf_counter() - start < 15
+        assert time.perf_counter() - start < 60
 
 
 def test_hub_name_in_offline_mode(run: Run, tmp_path: Path) -> None:
