@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nybble.cli import compare, eval, generate, inspect, plan, quantize, report
+from nybble.cli import bench, compare, eval, generate, inspect, plan, quantize, report
 from nybble.errors import NybbleError
 from nybble.version import __version__
 
@@ -31,7 +31,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (compare, report, quantize, plan, inspect, eval, generate):
+for verb in (compare, report, quantize, plan, inspect, eval, generate, bench):
     app.command(verb.NAME, help=verb.HELP, epilog=None)(verb.run)
 
 

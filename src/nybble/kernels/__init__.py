@@ -1,8 +1,9 @@
-"""Packed codes on the CPU: packing, decoding, rows of an embedding, products with a packed weight.
+"""Weights on the CPU: packing codes, decoding them, and products with weights laid out for the kernels.
 
 The work is done by a C++ extension for the best instruction set of this machine, or by numpy (reference.py, the
-specification) where the extension was not built. NYBBLE_KERNELS=reference|scalar|avx2|avx512 overrides the choice.
-No torch here: arrays are C-contiguous numpy arrays. The layouts are written down in reference.py.
+specification) where the extension was not built. NYBBLE_KERNELS=reference|scalar|avx2|avx2vnni|avx512|avx512vnni overrides
+the choice. No torch here: arrays are C-contiguous numpy arrays. The layout of stored codes is written down in reference.py,
+that of weights made ready for products (`lay`) in layout.hpp.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 from types import ModuleType
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +21,27 @@ from nybble.kernels import arguments, reference
 from nybble.kernels.arguments import Bytes, Floats, Packed, Parameter, row_bytes
 
 __all__ = [
+    "Laid",
     "Packed",
     "check_weight",
     "decode",
     "gather",
     "instruction_set",
-    "matmul",
-    "matmul_checked",
+    "lay",
+    "lay_floats",
+    "native",
     "native_available",
     "pack",
+    "product",
+    "quantize_activations",
     "read_bandwidth",
     "row_bytes",
+    "rows_of",
     "unpack",
 ]
 
 ENVIRONMENT = "NYBBLE_KERNELS"
-_NAMES = ("reference", "scalar", "avx2", "avx512")
+_NAMES = ("reference", "scalar", "avx2", "avx2vnni", "avx512", "avx512vnni")
 
 
 def _load() -> ModuleType | None:
@@ -66,8 +73,13 @@ def native_available() -> bool:
     return _native is not None
 
 
+def native() -> ModuleType | None:
+    """The extension itself, for the engine; None where the reference does the work."""
+    return _native
+
+
 def instruction_set() -> str:
-    """What does the work: "reference", "scalar", "avx2" or "avx512"."""
+    """What does the work: "reference", "scalar", "avx2", "avx2vnni", "avx512" or "avx512vnni"."""
     return "reference" if _native is None else str(_native.instruction_set())
 
 
@@ -140,26 +152,6 @@ def gather(
     return out
 
 
-def matmul(
-    x: Floats,
-    packed: Bytes,
-    columns: int,
-    bits: int,
-    levels: Floats,
-    block: int,
-    scale: Parameter,
-    offset: Parameter | None = None,
-    threads: int = 1,
-) -> Floats:
-    """y = x @ W.T, float32 [M, N], for x float32 [M, columns] and the packed weight W [N, columns] of decode.
-
-    The weight is decoded in registers on the way, never stored; meant for a few rows of x (M up to about 16), larger M
-    is correct but a float product is faster. Sums are float32, per block before the scale; the result depends on the
-    instruction set only in rounding, and not at all on threads or on the other rows of x.
-    """
-    return matmul_checked(x, check_weight(packed, columns, bits, levels, block, scale, offset), threads)
-
-
 def check_weight(
     packed: Bytes,
     columns: int,
@@ -173,18 +165,92 @@ def check_weight(
     return arguments.weight(packed, columns, bits, levels, block, scale, offset)
 
 
-def matmul_checked(x: Floats, weight: Packed, threads: int = 1) -> Floats:
-    """`matmul` with a weight that `check_weight` gave: its checks cost more than the product of a small matrix."""
+class Laid(Protocol):
+    """A weight [rows, columns] in the kernel layout (layout.hpp): private to memory, no file holds it."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def holds_codes(self) -> bool: ...
+    def product(self, x: Floats, y: Floats, exact: bool, threads: int) -> None: ...
+    def gather(self, rows: NDArray[np.int64], out: Floats) -> None: ...
+    def restore(self, packed: Bytes, scale: Parameter, offset: Parameter | None, threads: int) -> None: ...
+
+
+def lay(
+    packed: Bytes,
+    columns: int,
+    bits: int,
+    levels: Floats,
+    block: int,
+    scale: Parameter,
+    offset: Parameter | None = None,
+    drop: bool = False,
+    threads: int = 1,
+) -> Laid:
+    """The kernel layout of a packed weight; the arguments are those of `decode`.
+
+    `drop` says that `packed` is a mapped file whose pages may be given back to the system as they are read.
+    """
+    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    if _native is None:
+        return reference.Laid(weight)
+    return cast(Laid, _native.Weight.from_codes(*weight, drop, threads))
+
+
+def lay_floats(values: NDArray[Any], kind: str, transposed: bool = False, drop: bool = False, threads: int = 1) -> Laid:
+    """The kernel layout of a float weight: values [N, K], or [K, N] when transposed, float32 (`kind` f32), float16 (f16) or
+    uint16 bit patterns of bfloat16 (bf16)."""
+    if kind not in arguments.FLOAT_KINDS:
+        raise ValueError(f"kind must be {', '.join(arguments.FLOAT_KINDS)}, got {kind!r}")
+    found = arguments.array("values", values, (np.dtype(arguments.FLOAT_KINDS[kind]),), 2)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    if _native is None:
+        return reference.Laid.of_floats(found, kind, transposed)
+    return cast(Laid, _native.Weight.from_floats(found, kind, transposed, drop, threads))
+
+
+def product(x: Floats, weight: Laid, exact: bool = True, threads: int = 1) -> Floats:
+    """y = x @ W.T, float32 [M, N], for x float32 [M, K] and a weight in the kernel layout.
+
+    Exact: x stays float32. Otherwise x is rounded to int8 in blocks of 32 columns (`quantize_activations`) and products with
+    integer codes are summed as integers; 16-level tables are rounded to 8 bits (at most half of their largest level over
+    64). Float weights are always exact. A row's result does not depend on the other rows or on threads.
+    """
     found: Floats = arguments.array("x", x, arguments.FLOAT32, 2)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
     if found.shape[1] != weight.columns:
         raise ValueError(f"x must have {weight.columns} columns like the weight, got {found.shape[1]}")
-    out = np.empty((found.shape[0], weight.packed.shape[0]), dtype=np.float32)
-    if _native is None:
-        reference.matmul(found, weight, out)
-    else:
-        _native.matmul(found, *weight, out, threads)
+    out = np.empty((found.shape[0], weight.rows), dtype=np.float32)
+    weight.product(found, out, exact, threads)
     return out
+
+
+def rows_of(weight: Laid, rows: NDArray[np.int64]) -> Floats:
+    """Rows of a weight in the kernel layout, float32 [T, K]: an embedding look-up. IndexError for a row out of range."""
+    chosen = arguments.row_numbers(rows, weight.rows)
+    out = np.empty((chosen.shape[0], weight.columns), dtype=np.float32)
+    weight.gather(chosen, out)
+    return out
+
+
+def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+    """(codes int8 [M, units * 32], scale float32 [M, units]) of x float32 [M, K], units = ceil(K / 32).
+
+    scale = absmax / 127, code = nearest(x * (127 / absmax)), ties to even; a block below 1e-30 is zeros with scale 0, one
+    with a value that is not finite has scale NaN.
+    """
+    found: Floats = arguments.array("x", x, arguments.FLOAT32, 2)
+    units = -(-found.shape[1] // arguments.UNIT)
+    codes = np.zeros((found.shape[0], units * arguments.UNIT), dtype=np.int8)
+    scale = np.zeros((found.shape[0], units), dtype=np.float32)
+    (reference if _native is None else _native).quantize_activations(found, codes, scale)
+    return codes, scale
 
 
 def read_bandwidth(bytes: int, threads: int = 1, repeats: int = 5) -> float:

@@ -1,12 +1,15 @@
 // What the instruction sets share: plain structs and one table of function pointers per instruction set.
 //
-// body.hpp is compiled once per instruction set (scalar.cpp, avx2.cpp, avx512.cpp), each time into a namespace of its
-// own and with its own compiler flags; module.cpp picks a table at run time. Files compiled with special flags include
-// nothing from the C++ library that would leave an inline function behind: the linker could keep the AVX-512 copy of it
-// for every caller, and the program would die on an older machine.
+// The bodies (body_*.hpp) are compiled once per instruction set (isa_*.cpp), each time into a namespace of its own and with
+// its own compiler flags; cpu.cpp picks a table at run time. Files compiled with special flags include nothing from the
+// C++ library that would leave an inline function behind: the linker could keep the AVX-512 copy of it for every caller,
+// and the program would die on an older machine.
 //
-// Not here: argument checks (module.cpp does them before any kernel runs) and threads (threads.hpp).
+// Not here: argument checks (the modules do them before any kernel runs) and threads (threads.hpp).
 #pragma once
+
+#include "attention.hpp"
+#include "layout.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +19,7 @@ namespace nybble {
 // Bytes past the end of a row that a kernel may load (never use): rows nearer to the end of the buffer than this are
 // copied to scratch first.
 inline constexpr std::size_t kOverread = 64;
-// Blocks of x are padded with zeros to a multiple of this many floats, the widest vector of all instruction sets.
+// Scales of a row are converted in runs of this many floats, the widest vector of all instruction sets.
 inline constexpr std::size_t kPad = 16;
 
 // A packed weight [rows, columns]; everything a kernel needs to turn codes into numbers.
@@ -36,13 +39,12 @@ struct Weight {
     std::int32_t shift;
 };
 
-// x [M, K] laid out for the kernels: [M, blocks, padded], zeros in the padding, 64-byte aligned.
-struct Activations {
-    const float* values;
-    const float* sums;   // [M, blocks], the sum of x over each block; read only when there are offsets
-    std::size_t count;   // M
-    std::size_t padded;  // floats a block
-};
+// How far ahead of its use a weight is asked for, in bytes.
+inline constexpr std::size_t kAhead = 2048;
+// Bytes of weights that stay near while groups of tokens pass over them.
+inline constexpr std::size_t kKept = 131072;
+// The most tokens that a product keeps in registers, of all instruction sets.
+inline constexpr std::size_t kMostTokens = 12;
 
 struct Kernels {
     const char* name;
@@ -50,15 +52,34 @@ struct Kernels {
     void (*unpack)(const std::uint8_t* packed, std::uint8_t* codes, std::size_t rows, std::size_t columns, int bits);
     // Decodes one row to out[columns]. scratch: scratch_bytes(weight).
     void (*decode_row)(const Weight&, std::size_t row, float* out, void* scratch);
-    // y[m * rows + n] for n in [first, last) and every m.
-    void (*matmul)(const Weight&, const Activations&, float* y, std::size_t first, std::size_t last, void* scratch);
     std::uint64_t (*sum)(const std::uint64_t* words, std::size_t count);
+    // The kernel layout: sixteen rows of packed codes to the lines of a tile (scratch: 16 * units * 32 bytes), and back to
+    // codes [16, columns]; one row as floats.
+    void (*tile_codes)(const std::uint8_t* const* rows, std::size_t columns, std::size_t units, int bits, std::uint8_t* to,
+                       std::uint8_t* scratch);
+    void (*untile_codes)(const Tiled&, std::size_t tile, std::uint8_t* to);
+    void (*tiled_row)(const Tiled&, std::size_t row, float* to);
+    // out for the rows of tiles [first, last) and every token of x. fast: integer products. scratch: product_scratch.
+    void (*product)(const Tiled&, const Activations& x, const Output& out, std::size_t first, std::size_t last, bool fast,
+                    void* scratch);
+    void (*quantize_row)(const float* x, std::size_t columns, std::size_t units, std::int8_t* codes, float* scale,
+                         std::int32_t* sums);
+    void (*norm_row)(const float* x, std::size_t columns, const NormOf& norm, float* y);
+    std::size_t (*best_of)(const float* x, std::size_t count);
+    void (*append)(const CacheHead& cache, std::size_t position, const float* key, const float* value);
+    std::size_t (*attend_scratch)(std::size_t depth, std::size_t positions);
+    void (*attend)(const Attend&, void* scratch);
+    void (*activate_row)(float* x, std::size_t count, Activation kind);
 };
+
+inline std::size_t product_scratch(const Tiled& w) { return kMostTokens * 2 * w.units * 8 + 64; }
 
 extern const Kernels kScalar;
 #ifdef NYBBLE_X86
 extern const Kernels kAvx2;
+extern const Kernels kAvx2Vnni;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
 #endif
 
 // Scratch a thread needs: scales and offsets of one row as floats, a padded copy of one row, its codes one a byte.

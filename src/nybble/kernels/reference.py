@@ -10,13 +10,12 @@ Arguments are taken as checked (arguments.py does it). Leaves out speed and thre
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.kernels.arguments import Bytes, Floats, Packed
-
-_SLAB = 1 << 20  # weights decoded at a time by matmul, so that the whole float matrix never exists
+from nybble.kernels.arguments import UNIT, Bytes, Floats, Packed, Parameter
 
 
 def pack(codes: Bytes, out: Bytes, bits: int) -> None:
@@ -62,13 +61,112 @@ def gather(rows: NDArray[np.int64], weight: Packed, out: Floats) -> None:
     out[:] = _decoded(weight, rows)
 
 
-def matmul(x: Floats, weight: Packed, out: Floats) -> None:
-    """Write x @ W.T, [M, N], to out; summed in float64 and rounded once, which no order of float32 sums can beat."""
-    step = max(1, _SLAB // max(1, weight.columns))
-    wide = x.astype(np.float64)
-    for first in range(0, weight.packed.shape[0], step):
-        slab = slice(first, first + step)
-        out[:, slab] = wide @ _decoded(weight, slab).astype(np.float64).T
+def quantize_activations(x: Floats, codes: NDArray[np.int8], scale: Floats) -> None:
+    """Write the int8 codes [M, units * 32] of x [M, K] and their scales [M, units]."""
+    rows, units = scale.shape
+    blocks = np.zeros((rows, units * UNIT), dtype=np.float32)
+    blocks[:, : x.shape[1]] = x
+    blocks = blocks.reshape(rows, units, UNIT)
+    finite = np.isfinite(blocks).all(-1)
+    top = np.where(finite, np.abs(np.where(np.isfinite(blocks), blocks, 0)).max(-1), 0).astype(np.float32)
+    some = top > np.float32(1e-30)
+    inverse = np.where(some, np.float32(127) / np.where(some, top, np.float32(1)), np.float32(0)).astype(np.float32)
+    scale[:] = np.where(finite, np.where(some, top / np.float32(127), np.float32(0)), np.float32(np.nan))
+    whole = np.rint(np.where(finite[..., None], blocks, 0) * inverse[..., None])
+    codes[:] = whole.reshape(rows, -1).astype(np.int8)
+
+
+def byte_levels(levels: Floats) -> tuple[NDArray[np.int64], np.float32]:
+    """A table of 16 levels as whole numbers from -127 to 127 and their step: level is about number * step.
+
+    Of the counts of steps from 63.5 to 127 in the largest level, by 0.05, the one with the least squared error.
+    """
+    top = float(np.abs(levels).max()) or 1.0
+    best: tuple[float, float] | None = None
+    for i in range(1271):
+        steps = 127.0 - i * 0.05
+        at = levels.astype(np.float64) / top * steps
+        error = float((((at - np.rint(at)) / steps) ** 2).sum())
+        if best is None or error < best[0] - 1e-18:
+            best = (error, steps)
+    assert best is not None
+    return np.rint(levels.astype(np.float64) / top * best[1]).astype(np.int64), np.float32(top / best[1])
+
+
+class Laid:
+    """A weight ready for products: here nothing but the weight itself."""
+
+    def __init__(self, weight: Packed | None, values: Floats | None = None) -> None:
+        self.weight, self.values = weight, values
+
+    @classmethod
+    def of_floats(cls, values: NDArray[Any], kind: str, transposed: bool) -> Laid:
+        """From float32, float16, or bit patterns of bfloat16."""
+        wide = (values.astype(np.uint32) << np.uint32(16)).view(np.float32) if kind == "bf16" else values.astype(np.float32)
+        return cls(None, np.ascontiguousarray(wide.T if transposed else wide))
+
+    @property
+    def rows(self) -> int:
+        return int(self._decoded().shape[0]) if self.weight is None else self.weight.packed.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return int(self._decoded().shape[1]) if self.weight is None else self.weight.columns
+
+    @property
+    def nbytes(self) -> int:
+        if self.weight is None:
+            return self._decoded().nbytes
+        offset = 0 if self.weight.offset is None else self.weight.offset.nbytes
+        return self.weight.packed.nbytes + self.weight.scale.nbytes + offset
+
+    @property
+    def holds_codes(self) -> bool:
+        return self.weight is not None
+
+    def _decoded(self) -> Floats:
+        if self.values is not None:
+            return self.values
+        assert self.weight is not None
+        return _decoded(self.weight, slice(None))
+
+    def gather(self, rows: NDArray[np.int64], out: Floats) -> None:
+        """Write the float32 rows [T, K]."""
+        out[:] = self._decoded()[rows]
+
+    def product(self, x: Floats, y: Floats, exact: bool, threads: int) -> None:
+        """Write x @ W.T. Exact sums are float64, rounded once, which no order of float32 sums can beat."""
+        if exact or self.weight is None:
+            y[:] = x.astype(np.float64) @ self._decoded().astype(np.float64).T
+        else:
+            y[:] = _fast(x, self.weight)
+
+    def restore(self, packed: Bytes, scale: Parameter, offset: Parameter | None, threads: int) -> None:
+        """Write the stored arrays again."""
+        assert self.weight is not None
+        packed[:], scale[:] = self.weight.packed, self.weight.scale
+        if offset is not None:
+            assert self.weight.offset is not None
+            offset[:] = self.weight.offset
+
+
+def _fast(x: Floats, weight: Packed) -> NDArray[np.float64]:
+    """Products of int8 activations with codes: whole numbers within a block, float64 from block to block."""
+    rows, units = x.shape[0], -(-weight.columns // UNIT)
+    codes, scale = np.zeros((rows, units * UNIT), dtype=np.int8), np.zeros((rows, units), dtype=np.float32)
+    quantize_activations(x, codes, scale)
+    stored = np.empty((weight.packed.shape[0], weight.columns), dtype=np.uint8)
+    unpack(weight.packed, stored, weight.bits)
+    if np.array_equal(weight.levels, weight.levels[0] + np.arange(weight.levels.size)):
+        numbers, step = weight.levels[stored].astype(np.int64), np.float32(1)
+    else:
+        table, step = byte_levels(weight.levels)
+        numbers = table[stored]
+    offset = np.zeros((1, 1)) if weight.offset is None else _spread(weight.offset, weight, slice(None)).astype(np.float64)
+    values = (numbers * float(step) - offset) * _spread(weight.scale, weight, slice(None)).astype(np.float64)
+    wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), UNIT, axis=1)
+    product: NDArray[np.float64] = wide[:, : weight.columns] @ values.T
+    return product
 
 
 def read_bandwidth(size: int, repeats: int) -> float:

@@ -1,11 +1,8 @@
 #include "threads.hpp"
 
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -13,6 +10,8 @@
 
 namespace nybble {
 namespace {
+
+constexpr int kSpins = 4000;  // some 50 to 100 microseconds: the gap between two tokens, not the pause of a reader
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -33,28 +32,18 @@ long process() {
 
 class Pool {
   public:
-    void run(std::size_t chunks, int threads, const std::function<void(std::size_t, int)>& task) {
-        {
-            std::lock_guard lock(mutex_);
-            while (static_cast<int>(workers_) < threads - 1) {
-                const int index = static_cast<int>(workers_) + 1;
-                std::thread([this, index, seen = round_.load()] { work(index, seen); }).detach();
-                ++workers_;
-            }
-            task_ = &task;
-            chunks_ = chunks;
-            threads_ = threads;
-            next_.store(0, std::memory_order_relaxed);
-            round_.fetch_add(1, std::memory_order_release);
+    void run(int threads, const std::function<void(int)>& body) {
+        while (workers_ < threads - 1) {
+            const int index = ++workers_;
+            std::thread([this, index, seen = round_.load(std::memory_order_relaxed)] { work(index, seen); }).detach();
         }
-        wake_.notify_all();
-        take(task, chunks, 0);
-        {
-            std::lock_guard lock(mutex_);
-            task_ = nullptr;  // a worker that wakes only now goes back to sleep: nobody waits for a core that is taken
-        }
-        // All chunks are handed out, so whoever joined is in its last one: the wait is short, and yields a shared core.
-        for (int spins = 0; inside_.load(std::memory_order_acquire) != 0; ++spins) {
+        body_ = &body;
+        wanted_.store(threads, std::memory_order_relaxed);
+        busy_.store(workers_, std::memory_order_relaxed);  // all of them report back, wanted or not
+        round_.fetch_add(1, std::memory_order_seq_cst);
+        if (asleep_.load(std::memory_order_seq_cst) != 0) round_.notify_all();
+        body(0);
+        for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
             if (spins < kSpins)
                 relax();
             else
@@ -66,40 +55,29 @@ class Pool {
     const long owner = process();
 
   private:
-    static constexpr int kSpins = 2000;  // about 50 microseconds: the gap between two matrices of one token
-
-    void take(const std::function<void(std::size_t, int)>& task, std::size_t chunks, int worker) {
-        for (std::size_t chunk; (chunk = next_.fetch_add(1, std::memory_order_relaxed)) < chunks;) task(chunk, worker);
-    }
-
-    void work(int index, std::uint64_t seen) {
+    void work(int index, std::uint32_t seen) {
         for (;;) {
-            for (int spins = 0; spins < kSpins && round_.load(std::memory_order_acquire) == seen; ++spins) relax();
-            const std::function<void(std::size_t, int)>* task;
-            std::size_t chunks;
-            {
-                std::unique_lock lock(mutex_);
-                wake_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != seen; });
-                seen = round_.load(std::memory_order_acquire);
-                if (index >= threads_ || task_ == nullptr) continue;  // fewer threads wanted, or too late
-                task = task_;
-                chunks = chunks_;
-                inside_.fetch_add(1, std::memory_order_relaxed);
+            for (int spins = 0; round_.load(std::memory_order_acquire) == seen; ++spins) {
+                if (spins < kSpins) {
+                    relax();
+                    continue;
+                }
+                asleep_.fetch_add(1, std::memory_order_seq_cst);
+                round_.wait(seen, std::memory_order_seq_cst);
+                asleep_.fetch_sub(1, std::memory_order_relaxed);
             }
-            take(*task, chunks, index);
-            inside_.fetch_sub(1, std::memory_order_release);
+            seen = round_.load(std::memory_order_acquire);  // no further: the next round waits until this one is done
+            if (index < wanted_.load(std::memory_order_relaxed)) (*body_)(index);
+            busy_.fetch_sub(1, std::memory_order_release);
         }
     }
 
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::atomic<std::uint64_t> round_{0};
-    std::atomic<std::size_t> next_{0};
-    std::atomic<int> inside_{0};  // workers that have joined the round and not left it
-    const std::function<void(std::size_t, int)>* task_ = nullptr;
-    std::size_t chunks_ = 0;
-    std::size_t workers_ = 0;
-    int threads_ = 0;
+    alignas(64) std::atomic<std::uint32_t> round_{0};
+    alignas(64) std::atomic<int> busy_{0};
+    std::atomic<int> asleep_{0};
+    std::atomic<int> wanted_{0};
+    const std::function<void(int)>* body_ = nullptr;
+    int workers_ = 0;
 };
 
 // Never destroyed: its threads sleep until the process ends, and a destructor at exit would race with them.
@@ -117,17 +95,42 @@ Pool& pool() {
 
 }  // namespace
 
+void Barrier::wait() {
+    if (threads_ == 1) return;
+    const unsigned round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+        arrived_.store(0, std::memory_order_relaxed);
+        round_.store(round + 1, std::memory_order_release);
+        return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+        if (spins < kSpins)
+            relax();
+        else
+            std::this_thread::yield();
+    }
+}
+
+bool together(int threads, const std::function<void(int)>& body) {
+    if (threads <= 1) {
+        body(0);
+        return true;
+    }
+    Pool& all = pool();
+    std::unique_lock lock(all.caller, std::try_to_lock);
+    if (!lock.owns_lock()) return false;
+    all.run(threads, body);
+    return true;
+}
+
 void parallel(std::size_t chunks, int threads, const std::function<void(std::size_t, int)>& task) {
     if (static_cast<std::size_t>(threads) > chunks) threads = static_cast<int>(chunks);
-    if (threads > 1) {
-        Pool& shared_pool = pool();
-        std::unique_lock lock(shared_pool.caller, std::try_to_lock);
-        if (lock.owns_lock()) {
-            shared_pool.run(chunks, threads, task);
-            return;
-        }
-    }
-    for (std::size_t chunk = 0; chunk < chunks; ++chunk) task(chunk, 0);
+    std::atomic<std::size_t> next{0};
+    const auto take = [&](int worker) {
+        for (std::size_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) task(chunk, worker);
+    };
+    if (threads > 1 && together(threads, take)) return;
+    take(0);
 }
 
 }  // namespace nybble

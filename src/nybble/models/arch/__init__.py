@@ -16,6 +16,60 @@ _INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """How a decoder runs, for the engine: names are inside the block unless said; keys are those of config.json.
+
+    A block is norm, attention, residual, norm, feed-forward, residual. Biases are used where the checkpoint has them.
+    """
+
+    attention_norm: str
+    attention_in: tuple[str, ...]
+    """Query, key and value: one matrix whose rows are all three, or three."""
+    attention_out: str
+    mlp_norm: str
+    """Empty: attention and feed-forward read the same norm, side by side (Phi)."""
+    mlp: tuple[str, ...]
+    """(up, down), or (gate, up, down): activation(gate) * up."""
+    final_norm: str
+    """Full name."""
+    centred: bool
+    """LayerNorm; else RMSNorm."""
+    eps: str
+    """Key of the norms' epsilon."""
+    activation: tuple[str, ...]
+    """Keys of the activation's name; the first that is set counts."""
+    width: str = "hidden_size"
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    context: str = "max_position_embeddings"
+    positions: str = ""
+    """Full name of a table of learned positions; empty: rotary ones."""
+    position_offset: int = 0
+    """Added to a position before the look-up."""
+    query_norm: str = ""
+    key_norm: str = ""
+    """RMS norms of each head, before rotation."""
+    attention_after: str = ""
+    mlp_after: str = ""
+    """Norms of what attention and feed-forward give, before it is added (Gemma 2)."""
+    gain_offset: float = 0.0
+    """Added to the gains of norms (Gemma: 1)."""
+    scaled_embedding: bool = False
+    """Embeddings are multiplied by the square root of the width (Gemma)."""
+    query_scale: str = ""
+    """Key of the number whose inverse square root scales scores; empty: dimensions of a head."""
+    score_cap: str = ""
+    logit_cap: str = ""
+    """Keys of soft caps."""
+    window_always: bool = False
+    """`sliding_window` holds in every layer where config.json does not list the layers' types (Mistral)."""
+    window_alternates: bool = False
+    """... in every other layer, beginning with the first (Gemma 2)."""
+    requires: tuple[tuple[str, object], ...] = ()
+    """(key, value) that config.json must not contradict: variants that run in another way."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One architecture's table. Names are those of Hugging Face parameters, without `.weight`."""
 
@@ -31,6 +85,10 @@ class Architecture:
     """Embeddings and head: name -> role."""
     tied: tuple[str, str] | None = None
     """(head, embedding) that share one tensor when config.json says `tie_word_embeddings`."""
+    ties_by_default: bool = False
+    """What holds where config.json does not say."""
+    decoding: Decoding | None = None
+    """How it runs; None: the engine cannot decode it."""
 
     def block_of(self, name: str) -> int | None:
         """Index of the block that holds a parameter, None outside the blocks."""

@@ -1,6 +1,6 @@
 """GPT-2 (`model_type` gpt2): learned positions, Conv1D matrices stored [in, out], head tied to the token table."""
 
-from nybble.models.arch import Architecture
+from nybble.models.arch import Architecture, Decoding
 
 TABLE = Architecture(
     model_types=("gpt2",),
@@ -14,4 +14,22 @@ TABLE = Architecture(
     transposed=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
     others={"transformer.wte": "token table", "transformer.wpe": "position table", "lm_head": "head"},
     tied=("lm_head", "transformer.wte"),
+    ties_by_default=True,
+    decoding=Decoding(
+        attention_norm="ln_1",
+        attention_in=("attn.c_attn",),
+        attention_out="attn.c_proj",
+        mlp_norm="ln_2",
+        mlp=("mlp.c_fc", "mlp.c_proj"),
+        final_norm="transformer.ln_f",
+        centred=True,
+        eps="layer_norm_epsilon",
+        activation=("activation_function",),
+        width="n_embd",
+        layers="n_layer",
+        heads="n_head",
+        context="n_positions",
+        positions="transformer.wpe",
+        requires=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)),
+    ),
 )

@@ -1,12 +1,11 @@
-// The kernels, written once over a small vector type `Simd` (in scalar.cpp, avx2.cpp, avx512.cpp).
+// What is done with codes in storage, written once over a small vector type `Simd` (simd_*.hpp).
 //
 // Included inside `namespace nybble::<instruction set>` after Simd is defined; must stay free of C++ library headers
 // (kernels.hpp says why). Simd gives: W lanes, Float and Int vectors, codes<B>(bytes) -> Int (the W codes of B bits
 // that start at a byte; bits above B may be set), Map<B, Affine> (codes -> levels) and arithmetic.
 //
+// Here: codes as files store them (packing, unpacking, decoding a row). Products work on the kernel layout (layout.hpp).
 // Numbers: decode is scale * (level - offset), each step rounded to float32, equal to the reference to the bit.
-// matmul keeps W partial sums in two chains per block, then adds block * scale to the row's sums and folds the lanes
-// once a row; the order depends on the instruction set only, never on M or on threads.
 
 template <int B>
 inline void pack_rows(const std::uint8_t* codes, std::uint8_t* packed, std::size_t rows, std::size_t columns) {
@@ -157,82 +156,6 @@ static void decode_row(const Weight& w, std::size_t n, float* out, void* scratch
             decode_one<B, true>(w, n, bytes, out, scratch);
         else
             decode_one<B, false>(w, n, bytes, out, scratch);
-    });
-}
-
-// T activations against one row. Two chains a block hide the latency of the additions.
-template <int B, int T, class M>
-inline void row_tile(const Weight& w, const Row& row, const M& map, const Activations& x, std::size_t m, float* y,
-                     std::size_t n) {
-    typename Simd::Float total[T];
-    float correction[T];
-    const float* values[T];
-    const std::size_t stride = w.blocks * x.padded;
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-        total[t] = Simd::all(0.0f);
-        correction[t] = 0.0f;
-        values[t] = x.values + (m + t) * stride;
-    }
-    constexpr std::size_t step = Simd::W * B / 8;
-    for (std::size_t g = 0; g < w.blocks; ++g) {
-        const std::uint8_t* codes = row.codes + g * row.block_bytes;
-        const std::size_t begin = g * w.block;
-        const std::size_t length = w.columns - begin < w.block ? w.columns - begin : w.block;
-        const std::size_t vectors = (length + Simd::W - 1) / Simd::W;
-        typename Simd::Float even[T], odd[T];
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) even[t] = odd[t] = Simd::all(0.0f);
-        std::size_t v = 0;
-        const std::size_t at = g * x.padded;
-        for (; v + 2 <= vectors; v += 2, codes += 2 * step) {
-            const auto a = map(Simd::template codes<B>(codes));
-            const auto b = map(Simd::template codes<B>(codes + step));
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                even[t] = Simd::fma(a, Simd::load(values[t] + at + v * Simd::W), even[t]);
-                odd[t] = Simd::fma(b, Simd::load(values[t] + at + (v + 1) * Simd::W), odd[t]);
-            }
-        }
-        if (v < vectors) {
-            const auto a = map(Simd::template codes<B>(codes));
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) even[t] = Simd::fma(a, Simd::load(values[t] + at + v * Simd::W), even[t]);
-        }
-        const auto scale = Simd::all(row.scale[g]);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) total[t] = Simd::fma(scale, Simd::add(even[t], odd[t]), total[t]);
-        if (row.offset != nullptr) {
-            const float shift = row.scale[g] * row.offset[g];
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) correction[t] += shift * x.sums[(m + t) * w.blocks + g];
-        }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) y[(m + t) * w.rows + n] = Simd::fold(total[t]) - correction[t];
-}
-
-template <int B, bool Affine>
-static void matmul_rows(const Weight& w, const Activations& x, bool bytes, float* y, std::size_t first,
-                        std::size_t last, void* scratch) {
-    const typename Simd::template Map<B, Affine> map(w);
-    for (std::size_t n = first; n < last; ++n) {
-        const Row row = prepare<B>(w, n, bytes, scratch);
-        std::size_t m = 0;
-        for (; m + 4 <= x.count; m += 4) row_tile<B, 4>(w, row, map, x, m, y, n);
-        if (m + 2 <= x.count) row_tile<B, 2>(w, row, map, x, m, y, n), m += 2;
-        if (m < x.count) row_tile<B, 1>(w, row, map, x, m, y, n);
-    }
-}
-
-static void matmul(const Weight& w, const Activations& x, float* y, std::size_t first, std::size_t last,
-                   void* scratch) {
-    const bool bytes = straddles(w);
-    with_bits(bytes ? 8 : w.bits, [&]<int B>() {
-        if (w.affine)
-            matmul_rows<B, true>(w, x, bytes, y, first, last, scratch);
-        else
-            matmul_rows<B, false>(w, x, bytes, y, first, last, scratch);
     });
 }
 

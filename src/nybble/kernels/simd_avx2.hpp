@@ -1,9 +1,4 @@
-// AVX2 + FMA + F16C: eight lanes. Compiled with those flags; module.cpp runs it only where the machine has them.
-#include "kernels.hpp"
-
-#include <immintrin.h>
-
-namespace nybble::avx2 {
+// Eight lanes as one AVX2 register, for codes in storage (body_storage.hpp).
 
 struct Simd {
     static constexpr int W = 8;
@@ -74,17 +69,9 @@ struct Simd {
     };
 
     static inline Float all(float v) { return _mm256_set1_ps(v); }
-    static inline Float load(const float* from) { return _mm256_loadu_ps(from); }
     static inline void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
     static inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static inline Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
-    static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
-    static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
-    static inline float fold(Float v) {
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-    }
     static inline void halves(const std::uint16_t* from, std::size_t count, float* to) {
         std::size_t i = 0;
         for (; i + 8 <= count; i += 8)
@@ -92,11 +79,3 @@ struct Simd {
         for (; i < count; ++i) to[i] = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(from[i])));
     }
 };
-
-#include "body.hpp"
-
-}  // namespace nybble::avx2
-
-namespace nybble {
-const Kernels kAvx2 = {"avx2", avx2::pack, avx2::unpack, avx2::decode_row, avx2::matmul, avx2::sum};
-}

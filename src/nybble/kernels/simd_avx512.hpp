@@ -1,10 +1,4 @@
-// AVX-512 F, BW, VL and DQ: sixteen lanes. Compiled with those flags; module.cpp runs it only where the machine has
-// them.
-#include "kernels.hpp"
-
-#include <immintrin.h>
-
-namespace nybble::avx512 {
+// Sixteen lanes as one AVX-512 register, for codes in storage (body_storage.hpp).
 
 struct Simd {
     static constexpr int W = 16;
@@ -68,18 +62,9 @@ struct Simd {
     };
 
     static inline Float all(float v) { return _mm512_set1_ps(v); }
-    static inline Float load(const float* from) { return _mm512_loadu_ps(from); }
     static inline void store(float* to, Float v) { _mm512_storeu_ps(to, v); }
     static inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
-    static inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
-    static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
-    static inline float fold(Float v) {
-        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-        return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-    }
     static inline void halves(const std::uint16_t* from, std::size_t count, float* to) {
         std::size_t i = 0;
         for (; i + 16 <= count; i += 16)
@@ -90,11 +75,3 @@ struct Simd {
         }
     }
 };
-
-#include "body.hpp"
-
-}  // namespace nybble::avx512
-
-namespace nybble {
-const Kernels kAvx512 = {"avx512", avx512::pack, avx512::unpack, avx512::decode_row, avx512::matmul, avx512::sum};
-}

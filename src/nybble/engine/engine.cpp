@@ -1,0 +1,411 @@
+#include "engine.hpp"
+
+#include "../kernels/cpu.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+namespace nybble {
+namespace {
+
+constexpr std::size_t kOwn = 2;     // rows up to which every thread prepares its own activations
+constexpr std::size_t kMany = 32;   // rows from which tiles are handed out in chunks instead of split beforehand
+
+std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+// The share of `count` pieces that belongs to a worker: [first, last).
+std::pair<std::size_t, std::size_t> share(std::size_t count, int worker, int threads) {
+    const auto w = static_cast<std::size_t>(worker), n = static_cast<std::size_t>(threads);
+    return {count * w / n, count * (w + 1) / n};
+}
+
+bool quantizes(const Linear& op, bool exact) {
+    if (exact) return false;
+    return std::any_of(op.parts.begin(), op.parts.end(), [](const Part& p) { return p.weight->tiled.holds == Holds::codes; });
+}
+
+}  // namespace
+
+struct Engine::State {
+    const Step& step;
+    const Kernels& run;
+    std::size_t rows;  // now
+    bool own;          // few rows: activations are each thread's own
+};
+
+Engine::Engine(int threads, bool exact, CacheType cache)
+    : threads_(threads), exact_(exact), cache_type_(cache), workers_(std::size_t(threads)), barrier_(threads) {}
+
+std::size_t Engine::rotation(std::vector<float> frequencies) {
+    for (std::size_t i = 0; i < frequencies_.size(); ++i)
+        if (frequencies_[i] == frequencies) return i;
+    frequencies_.push_back(std::move(frequencies));
+    return frequencies_.size() - 1;
+}
+
+void Engine::append(Op op) { program_.push_back(std::move(op)); }
+
+void Engine::Rows::allocate(std::size_t rows, std::size_t columns, bool quantized) {
+    stride = up(columns, kUnit);
+    values = Memory(rows * stride * sizeof(float) + 64);
+    if (!quantized) return;
+    codes = Memory(rows * stride + 64);
+    scale = Memory(rows * stride / kUnit * sizeof(float) + 64);
+    sums = Memory(rows * stride / kUnit * 2 * sizeof(std::int32_t) + 64);
+}
+
+Activations Engine::Rows::view(std::size_t rows) const {
+    return {rows, stride / kUnit, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
+}
+
+void Engine::finish(std::size_t vocabulary, std::size_t rows) {
+    vocabulary_ = vocabulary;
+    most_ = rows;
+    std::size_t widths[kBuffers] = {};
+    std::size_t scratch = 0, widest = 0, layers = 0;
+    const auto wide = [&](Buffer b, std::size_t columns) {
+        auto& width = widths[static_cast<std::size_t>(b)];
+        width = std::max(width, columns);
+    };
+    for (const Op& op : program_) {
+        if (op.kind == Op::Kind::embed) wide(Buffer::residual, op.embed.tokens->tiled.columns);
+        if (op.kind == Op::Kind::norm) wide(op.norm.to, widths[std::size_t(op.norm.from)]);
+        if (op.kind == Op::Kind::linear)
+            for (const Part& part : op.linear.parts) {
+                const Tiled& w = part.weight->tiled;
+                if (op.linear.to != Buffer::logits) wide(op.linear.to, part.column + w.rows);
+                wide(op.linear.from, w.columns);
+                widest = std::max(widest, w.columns);
+                scratch = std::max(scratch, product_scratch(w));
+            }
+        if (op.kind == Op::Kind::attention) {
+            const Attention& a = op.attention;
+            wide(Buffer::mixed, a.heads * a.dimensions);
+            layers = std::max(layers, a.layer + 1);
+        }
+    }
+    for (std::size_t b = 0; b + 1 < kBuffers; ++b) buffers_[b].allocate(most_, widths[b], true);
+    for (Worker& worker : workers_) {
+        worker.normed.allocate(kOwn, widths[std::size_t(Buffer::normed)], true);
+        worker.source.allocate(kOwn, widest, true);
+        worker.scratch = Memory(scratch + 64);
+    }
+    for (const auto& f : frequencies_) turns_.emplace_back(most_ * f.size() * 2 * sizeof(float) + 64);
+    taken_ = std::make_unique<std::atomic<std::size_t>[]>(program_.size());
+    shapes_.resize(layers);
+}
+
+void Engine::reserve(std::size_t sequences, std::size_t positions) {
+    caches_.clear();
+    capacity_ = up(positions, 16);
+    sequences_ = sequences;
+    std::size_t scratch = 0;
+    for (const Op& op : program_)
+        if (op.kind == Op::Kind::attention) {
+            const Attention& a = op.attention;
+            CacheShape& s = shapes_[a.layer];
+            s.type = cache_type_;
+            s.capacity = capacity_;
+            s.depth = up(a.dimensions, cache_type_ == CacheType::int4 ? 32 : 16);
+            const std::size_t copies = 2 * s.depth * sizeof(float);  // a key and a value, filled up
+            scratch = std::max(scratch, copies + kernels().attend_scratch(s.depth, capacity_));
+        }
+    for (Worker& worker : workers_)
+        if (worker.scratch.bytes() < scratch + 64) worker.scratch = Memory(scratch + 64);
+    caches_.resize(shapes_.size());
+    for (const Op& op : program_)
+        if (op.kind == Op::Kind::attention)
+            for (std::size_t s = 0; s < sequences; ++s)
+                caches_[op.attention.layer].emplace_back(op.attention.shared * shapes_[op.attention.layer].head_bytes());
+}
+
+std::size_t Engine::cache_bytes() const { return position_bytes() * capacity_ * sequences_; }
+
+std::size_t Engine::position_bytes() const {
+    std::size_t total = 0;
+    for (const Op& op : program_)
+        if (op.kind == Op::Kind::attention && op.attention.layer < shapes_.size()) {
+            const CacheShape& s = shapes_[op.attention.layer];
+            if (s.capacity != 0) total += op.attention.shared * s.head_bytes() / s.capacity;
+        }
+    return total;
+}
+
+CacheHead Engine::head(const Attention& op, std::size_t sequence, std::size_t head) const {
+    const CacheShape& shape = shapes_[op.layer];
+    return {&shape, caches_[op.layer][sequence].as() + head * shape.head_bytes()};
+}
+
+void Engine::run(const Step& step) {
+    for (std::size_t i = 0; i < program_.size(); ++i) taken_[i].store(0, std::memory_order_relaxed);
+    State states[1] = {{step, kernels(), step.rows, step.rows <= kOwn}};
+    std::vector<State> all(std::size_t(threads_), states[0]);  // every thread follows the rows for itself
+    const auto body = [&](int worker) { work(worker, all[std::size_t(worker)]); };
+    while (!together(threads_, body)) {
+    }
+}
+
+void Engine::work(int worker, State& state) {
+    for (std::size_t i = 0; i < program_.size(); ++i) {
+        const Op& op = program_[i];
+        switch (op.kind) {
+            case Op::Kind::embed:
+                embed(op.embed, state, worker);
+                break;
+            case Op::Kind::norm:
+                norm(op.norm, state, worker);
+                break;
+            case Op::Kind::linear:
+                linear(op.linear, i, state, worker);
+                break;
+            case Op::Kind::attention:
+                attention(op.attention, i, state, worker);
+                break;
+            case Op::Kind::add: {
+                Rows& from = buffers_[std::size_t(op.add.from)];
+                Rows& to = buffers_[std::size_t(op.add.to)];
+                const std::size_t columns = std::min(from.stride, to.stride);
+                const auto [first, last] = share(columns, worker, threads_);
+                for (std::size_t m = 0; m < state.rows; ++m)
+                    for (std::size_t k = first; k < last; ++k)
+                        to.values.as<float>()[m * to.stride + k] += from.values.as<float>()[m * from.stride + k];
+                barrier_.wait();
+                break;
+            }
+            case Op::Kind::select: {
+                Rows& x = buffers_[std::size_t(Buffer::residual)];
+                if (worker == 0 && state.step.wanted_count != state.rows)
+                    for (std::size_t i = 0; i < state.step.wanted_count; ++i)
+                        std::memmove(x.values.as<float>() + i * x.stride,
+                                     x.values.as<float>() + std::size_t(state.step.wanted[i]) * x.stride, x.stride * sizeof(float));
+                if (state.step.wanted_count != state.rows) barrier_.wait();
+                state.rows = state.step.wanted_count;
+                state.own = state.rows <= kOwn;
+                break;
+            }
+            case Op::Kind::cap: {
+                const auto [first, last] = share(state.rows * vocabulary_, worker, threads_);
+                for (std::size_t k = first; k < last; ++k)
+                    state.step.logits[k] = op.cap.cap * std::tanh(state.step.logits[k] / op.cap.cap);
+                barrier_.wait();
+                break;
+            }
+        }
+        if (state.rows == 0) return;  // no logits wanted: the cache is filled
+    }
+}
+
+void Engine::embed(const Embed& op, State& state, int worker) {
+    Rows& x = buffers_[std::size_t(Buffer::residual)];
+    const std::size_t width = op.tokens->tiled.columns;
+    const auto [first, last] = share(state.rows, worker, threads_);
+    std::vector<float> place(op.positions ? width : 0);
+    for (std::size_t m = first; m < last; ++m) {
+        float* row = x.values.as<float>() + m * x.stride;
+        state.run.tiled_row(op.tokens->tiled, static_cast<std::size_t>(state.step.tokens[m]), row);
+        if (op.scale != 1.0f)
+            for (std::size_t k = 0; k < width; ++k) row[k] *= op.scale;
+        if (op.positions) {
+            state.run.tiled_row(op.positions->tiled, static_cast<std::size_t>(state.step.positions[m] + op.position_offset),
+                                place.data());
+            for (std::size_t k = 0; k < width; ++k) row[k] += place[k];
+        }
+        for (std::size_t f = 0; f < frequencies_.size(); ++f) {
+            float* turn = turns_[f].as<float>() + m * frequencies_[f].size() * 2;
+            for (const float frequency : frequencies_[f]) {  // the angle in float32, as the models were trained
+                const float angle = static_cast<float>(state.step.positions[m]) * frequency;
+                *turn++ = static_cast<float>(std::cos(double(angle)));
+                *turn++ = static_cast<float>(std::sin(double(angle)));
+            }
+        }
+    }
+    barrier_.wait();
+}
+
+void Engine::norm(const Norm& op, State& state, int worker) {
+    const Rows& from = buffers_[std::size_t(op.from)];
+    const bool own = state.own && op.to == Buffer::normed;
+    Rows& to = own ? workers_[std::size_t(worker)].normed : buffers_[std::size_t(op.to)];
+    const std::size_t columns = op.gain.empty() ? from.stride : op.gain.size();
+    const NormOf how = {op.centred, op.eps, op.gain.empty() ? nullptr : op.gain.data(), op.bias.empty() ? nullptr : op.bias.data()};
+    const auto [first, last] = own ? std::pair<std::size_t, std::size_t>{0, state.rows} : share(state.rows, worker, threads_);
+    for (std::size_t m = first; m < last; ++m) {
+        float* row = to.values.as<float>() + m * to.stride;
+        state.run.norm_row(from.values.as<float>() + m * from.stride, columns, how, row);
+        if (!exact_ && op.to == Buffer::normed)
+            state.run.quantize_row(row, columns, to.stride / kUnit, to.codes.as<std::int8_t>() + m * to.stride,
+                                   to.scale.as<float>() + m * (to.stride / kUnit),
+                                   to.sums.as<std::int32_t>() + m * (to.stride / kUnit) * 2);
+    }
+    if (!own) barrier_.wait();
+}
+
+void Engine::linear(const Linear& op, std::size_t index, State& state, int worker) {
+    Worker& mine = workers_[std::size_t(worker)];
+    const Rows& shared = buffers_[std::size_t(op.from)];
+    Activations x;
+    const std::size_t columns = op.parts[0].weight->tiled.columns, units = (columns + kUnit - 1) / kUnit;
+    if (op.from == Buffer::normed) {
+        x = (state.own ? mine.normed : shared).view(state.rows);
+    } else {
+        x = shared.view(state.rows);
+        if (quantizes(op, exact_)) {
+            const Rows& to = state.own ? mine.source : shared;
+            const auto [first, last] = state.own ? std::pair<std::size_t, std::size_t>{0, state.rows} : share(state.rows, worker, threads_);
+            for (std::size_t m = first; m < last; ++m)
+                state.run.quantize_row(shared.values.as<float>() + m * shared.stride, columns, units,
+                                       to.codes.as<std::int8_t>() + m * to.stride, to.scale.as<float>() + m * (to.stride / kUnit),
+                                       to.sums.as<std::int32_t>() + m * (to.stride / kUnit) * 2);
+            if (!state.own) barrier_.wait();
+            const Activations codes = to.view(state.rows);
+            x.codes = codes.codes;
+            x.scale = codes.scale;
+            x.sums = codes.sums;
+            x.units = codes.units;
+        }
+    }
+    const auto product = [&](std::size_t p, std::size_t first, std::size_t last) {
+        const Part& part = op.parts[p];
+        const Tiled& w = part.weight->tiled;
+        Output out;
+        if (op.to == Buffer::logits) {
+            out.to = state.step.logits;
+            out.stride = vocabulary_;
+        } else {
+            Rows& to = buffers_[std::size_t(op.to)];
+            out.to = to.values.as<float>() + part.column;
+            out.stride = to.stride;
+        }
+        out.bias = part.bias.empty() ? nullptr : part.bias.data();
+        out.activation = op.gated && p == 1 ? Activation::none : op.activation;
+        out.times = op.gated && p == 1;
+        out.add = op.add;
+        out.scale = op.scale;
+        const bool fast = !exact_ && w.holds == Holds::codes;
+        Activations mine_x = x;
+        if (!fast && op.from != Buffer::normed) mine_x.units = shared.stride / kUnit;
+        state.run.product(w, mine_x, out, first, last, fast, mine.scratch.as());
+    };
+    if (state.rows < kMany) {
+        for (std::size_t p = 0; p < op.parts.size(); ++p) {
+            const auto [first, last] = share(op.parts[p].weight->tiled.tiles, worker, threads_);
+            product(p, first, last);
+        }
+    } else {  // equal chunks of all parts, taken as they come; a gated pair goes together
+        const std::size_t parts = op.gated ? 1 : op.parts.size();
+        std::size_t chunk = 8;
+        for (;;) {
+            std::size_t at = taken_[index].fetch_add(1, std::memory_order_relaxed);
+            std::size_t p = 0;
+            for (; p < parts; ++p) {
+                const std::size_t chunks = (op.parts[p].weight->tiled.tiles + chunk - 1) / chunk;
+                if (at < chunks) break;
+                at -= chunks;
+            }
+            if (p == parts) break;
+            const std::size_t first = at * chunk, last = std::min(op.parts[p].weight->tiled.tiles, first + chunk);
+            product(p, first, last);
+            if (op.gated) product(1, first, last);
+        }
+    }
+    barrier_.wait();
+}
+
+// Norm, rotation and caching of one row's key-value head and its query heads.
+void Engine::store(const Attention& op, const State& state, std::size_t row, std::size_t head_index, float* scratch) {
+    Rows& rows = buffers_[std::size_t(Buffer::projected)];
+    float* base = rows.values.as<float>() + row * rows.stride;
+    const std::size_t group = op.heads / op.shared, n = op.dimensions;
+    float* key = base + (op.heads + head_index) * n;
+    const float* value = base + (op.heads + op.shared + head_index) * n;
+    const auto prepare = [&](float* v, const std::vector<float>& gain) {
+        if (!gain.empty()) state.run.norm_row(v, n, {false, op.norm_eps, gain.data(), nullptr}, v);
+        if (op.rotary == 0) return;
+        const std::size_t half = op.rotary / 2, step = op.interleaved ? 2 : 1, apart = op.interleaved ? 1 : half;
+        const float* turn = turns_[op.rotation].as<float>() + row * half * 2;
+        for (std::size_t i = 0; i < half; ++i) {
+            const float c = turn[2 * i], s = turn[2 * i + 1], a = v[i * step], b = v[i * step + apart];
+            v[i * step] = a * c - b * s;
+            v[i * step + apart] = b * c + a * s;
+        }
+    };
+    for (std::size_t q = 0; q < group; ++q) prepare(base + (head_index * group + q) * n, op.query_gain);
+    prepare(key, op.key_gain);
+    const CacheHead to = head(op, std::size_t(state.step.sequences[row]), head_index);
+    const std::size_t depth = to.shape->depth;
+    if (depth != n) {
+        std::memset(scratch, 0, 2 * depth * sizeof(float));
+        std::copy_n(key, n, scratch);
+        std::copy_n(value, n, scratch + depth);
+        key = scratch;
+        value = scratch + depth;
+    }
+    state.run.append(to, std::size_t(state.step.positions[row]), key, value);
+}
+
+void Engine::attention(const Attention& op, std::size_t index, State& state, int worker) {
+    auto* scratch = workers_[std::size_t(worker)].scratch.as<float>();
+    const Rows& from = buffers_[std::size_t(Buffer::projected)];
+    const Rows& to = buffers_[std::size_t(Buffer::mixed)];
+    const std::size_t group = op.heads / op.shared;
+    const bool alone = state.rows == 1;
+    const auto [first_head, last_head] = share(op.shared, worker, threads_);
+    if (alone) {  // the heads of a thread need nothing of the other threads
+        for (std::size_t h = first_head; h < last_head; ++h) store(op, state, 0, h, scratch);
+    } else {
+        const auto [first, last] = share(state.rows * op.shared, worker, threads_);
+        for (std::size_t i = first; i < last; ++i) store(op, state, i / op.shared, i % op.shared, scratch);
+        barrier_.wait();
+    }
+    // Rows of one text that follow each other meet the cache together, as many as make eight queries.
+    const std::size_t together = std::max<std::size_t>(1, kQueries / group);
+    const auto meet = [&](std::size_t h, std::size_t row, std::size_t rows) {
+        Attend a;
+        a.cache = head(op, std::size_t(state.step.sequences[row]), h);
+        a.dimensions = op.dimensions;
+        a.scale = op.scale;
+        a.cap = op.cap;
+        a.count = 0;
+        for (std::size_t r = row; r < row + rows; ++r)
+            for (std::size_t q = 0; q < group; ++q) {
+                const auto position = static_cast<std::size_t>(state.step.positions[r]);
+                a.queries[a.count] = from.values.as<float>() + r * from.stride + (h * group + q) * op.dimensions;
+                a.out[a.count] = to.values.as<float>() + r * to.stride + (h * group + q) * op.dimensions;
+                a.first[a.count] = op.window != 0 && position + 1 > op.window ? position + 1 - op.window : 0;
+                a.last[a.count] = position + 1;
+                if (++a.count == kQueries || (r + 1 == row + rows && q + 1 == group)) {
+                    state.run.attend(a, scratch);
+                    a.count = 0;
+                }
+            }
+    };
+    if (alone) {
+        for (std::size_t h = first_head; h < last_head; ++h) meet(h, 0, 1);
+    } else {
+        // Chunk c is head c % shared of the block of rows c / shared; every thread counts the blocks for itself.
+        std::size_t block = 0, row = 0, length = 0;
+        const auto next = [&] {  // the block that begins at `row`
+            length = 1;
+            while (length < together && row + length < state.rows &&
+                   state.step.sequences[row + length] == state.step.sequences[row] &&
+                   state.step.positions[row + length] == state.step.positions[row] + std::int64_t(length))
+                ++length;
+        };
+        next();
+        for (;;) {
+            const std::size_t c = taken_[index].fetch_add(1, std::memory_order_relaxed);
+            while (block < c / op.shared && row < state.rows) {
+                row += length;
+                ++block;
+                if (row < state.rows) next();
+            }
+            if (row >= state.rows) break;
+            meet(c % op.shared, row, length);
+        }
+    }
+    barrier_.wait();
+}
+
+}  // namespace nybble

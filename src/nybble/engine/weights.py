@@ -1,0 +1,133 @@
+"""The tensors of a model folder by name, as the engine takes them: ours (packed) or plain Hugging Face (float). No torch.
+
+Weights are handed to the kernels straight from the mapped file, whose pages are given back once they are read: a model is
+in memory once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble import kernels
+from nybble.engine.program import Matrix
+from nybble.errors import FileFormatError, InputError
+from nybble.files.native import NativeFile, open_native
+from nybble.files.safetensors import SafetensorsFile
+from nybble.formats import Format, parse_format
+from nybble.models.checkpoint import Checkpoint
+
+KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+LARGEST_EXACT_HALF = 2048
+"""Whole numbers up to this are exact in float16."""
+
+
+class Weights:
+    """Tensors of an open folder. Names as in the checkpoint; one of the model's base class (`h.0...`) is found too."""
+
+    def __init__(self, checkpoint: Checkpoint, prefix: str) -> None:
+        """`prefix` is what the base model's names lack, e.g. `transformer.`."""
+        self.native: NativeFile | None = None
+        if "quantization_config" in checkpoint.config:
+            self.native = open_native(checkpoint.folder)
+            self.files: Mapping[str, SafetensorsFile] = dict.fromkeys(self.native.file.entries, self.native.file)
+        else:
+            opened = [SafetensorsFile(file) for file in checkpoint.files]
+            self.files = {name: file for file in opened for name in file.entries}
+        self.folder: Path = checkpoint.folder
+        self.prefix = prefix
+        self.packed = self.native.packed if self.native else {}
+        self.laid: dict[str, kernels.Laid] = {}
+
+    def name(self, name: str) -> str | None:
+        """The name under which the checkpoint has a tensor; None when it has not."""
+        for candidate in (name, name.removeprefix(self.prefix)):
+            if candidate in self.packed or candidate in self.files:
+                return candidate
+        return None
+
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Shape of a tensor as stored (packed ones are [out, in]); None where there is none."""
+        found = self.name(name)
+        if found is None:
+            return None
+        return self.packed[found][1] if found in self.packed else self.files[found].entries[found].shape
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A float tensor [n] as float32. Raises FileFormatError for one of another shape or type."""
+        values = self._float(name)
+        if values.ndim != 1:
+            raise FileFormatError(f"{self.folder}: {name} has shape {values.shape}, the engine needs a vector")
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.folder}: {name} has values that are not finite; repair the checkpoint")
+        return values
+
+    def _float(self, name: str) -> NDArray[np.float32]:
+        found = self.name(name)
+        if found is None:
+            raise InputError(f"{self.folder} has no tensor {name}")
+        if found in self.packed:
+            assert self.native is not None
+            return self.native.read(found).decode()
+        entry, stored = self.files[found].entries[found], self.files[found].read(found)
+        if entry.dtype not in KINDS:
+            raise FileFormatError(f"{self.folder}: {found} is {entry.dtype}; the engine reads {', '.join(KINDS)}")
+        if entry.dtype == "BF16":
+            return (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return stored.astype(np.float32)
+
+    def matrix(self, matrix: Matrix, threads: int) -> kernels.Laid:
+        """A weight in the kernel layout; the same object where two operations share it (a tied head)."""
+        found = self.name(f"{matrix.name}.weight")
+        if found is None:
+            raise InputError(f"{self.folder} has no tensor {matrix.name}.weight")
+        if found not in self.laid:
+            self.laid[found] = self._lay(found, matrix, threads)
+        return self.laid[found]
+
+    def _lay(self, name: str, matrix: Matrix, threads: int) -> kernels.Laid:
+        if name in self.packed:
+            spec, shape = self.packed[name]
+            return self._lay_packed(name, parse_format(spec), shape, threads)
+        entry = self.files[name].entries[name]
+        if entry.dtype not in KINDS or len(entry.shape) != 2:
+            raise FileFormatError(f"{self.folder}: {name} is {entry.dtype} {list(entry.shape)}; the engine reads float matrices")
+        return kernels.lay_floats(self.files[name].read(name), KINDS[entry.dtype], matrix.transposed, True, threads)
+
+    def _lay_packed(self, name: str, fmt: Format, shape: tuple[int, int], threads: int) -> kernels.Laid:
+        assert self.native is not None
+        stored: dict[str, NDArray[Any]] = {}
+        for suffix, (dtype, size) in fmt.storage(shape).items():
+            array = self.native.file.read(f"{name}.{suffix}")
+            if array.dtype != np.dtype(dtype) or array.shape != size:
+                raise FileFormatError(f"{self.folder}: {name}.{suffix} is {array.dtype} {array.shape}, {fmt} needs {dtype} {size}")
+            stored[suffix] = array
+        if fmt.is_cast:
+            kind = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[str(fmt)]
+            return kernels.lay_floats(stored["values"], kind, False, True, threads)
+        codes = _aligned(stored.pop("codes"))
+        scale, offset = kernel_grid(fmt, stored)
+        levels = np.ascontiguousarray(fmt.levels)
+        return kernels.lay(codes, shape[1], fmt.bits, levels, fmt.block(shape[1]), scale, offset, drop=True, threads=threads)
+
+
+def kernel_grid(fmt: Format, params: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """(scale, offset) of a format as the kernels take them: as stored where that is all there is, half offsets where exact."""
+    if set(params) == {"scale"}:
+        return _aligned(params["scale"]), None
+    scale, offset = fmt.grid(params)
+    stored = params.get("scale")
+    if stored is not None and stored.dtype == np.float16:
+        scale = _aligned(stored)  # type: ignore[assignment]  # the same values in half the bytes
+    if offset is not None and np.array_equal(offset, np.rint(offset)) and np.abs(offset).max(initial=0) <= LARGEST_EXACT_HALF:
+        offset = offset.astype(np.float16)  # type: ignore[assignment]
+    return scale, offset
+
+
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """The array itself, or a copy where the file has it at an odd address."""
+    return np.require(array, requirements="CA")

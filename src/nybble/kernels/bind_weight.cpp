@@ -1,0 +1,130 @@
+// The Python face of weights in the kernel layout.
+#include "bind.hpp"
+#include "cpu.hpp"
+#include "weight.hpp"
+
+#include <cstring>
+
+namespace nybble {
+namespace {
+
+using Ids = Vector<const std::int64_t>;
+
+std::shared_ptr<LaidWeight> from_codes(const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
+                                       const Vector<const float>& levels, std::size_t block, const Any& scale,
+                                       const std::optional<Any>& offset, bool drop, int threads) {
+    Bound bound;
+    bind(bound, packed, columns, bits, levels, block, scale, offset);
+    threads = threads_for(threads);
+    nb::gil_scoped_release release;
+    return std::make_shared<LaidWeight>(bound.weight, drop, threads);
+}
+
+std::shared_ptr<LaidWeight> from_floats(const Any& values, const std::string& kind, bool transposed, bool drop, int threads) {
+    FloatSource source;
+    source.values = values.data();
+    source.holds = kind == "f32" ? Holds::f32 : kind == "f16" ? Holds::f16 : Holds::bf16;
+    require(kind == "f32" || kind == "f16" || kind == "bf16", "kind must be f32, f16 or bf16");
+    require(values.dtype().bits == (kind == "f32" ? 32 : 16) && values.dtype().lanes == 1, "values have another width");
+    source.rows = values.shape(transposed ? 1 : 0);
+    source.columns = values.shape(transposed ? 0 : 1);
+    source.transposed = transposed;
+    threads = threads_for(threads);
+    nb::gil_scoped_release release;
+    return std::make_shared<LaidWeight>(source, drop, threads);
+}
+
+void product(const LaidWeight& weight, const Matrix<const float>& x, const Matrix<float>& y, bool exact, int threads) {
+    const Tiled& w = weight.tiled;
+    require(x.shape(1) == w.columns && y.shape(0) == x.shape(0) && y.shape(1) == w.rows, "x or y has the wrong shape");
+    threads = threads_for(threads);
+    const bool fast = !exact && w.holds == Holds::codes;
+    const std::size_t count = x.shape(0), stride = w.units * kUnit;
+    const float* from = x.data();
+    float* to = y.data();
+    nb::gil_scoped_release release;
+    const Kernels& run = kernels();
+    const Memory values(fast ? 0 : count * stride * sizeof(float));
+    const Memory codes(fast ? count * stride : 0);
+    const Memory scale(fast ? count * w.units * sizeof(float) : 0), sums(fast ? count * w.units * 2 * sizeof(std::int32_t) : 0);
+    for (std::size_t m = 0; m < count; ++m) {
+        if (fast)
+            run.quantize_row(from + m * w.columns, w.columns, w.units, codes.as<std::int8_t>() + m * stride,
+                             scale.as<float>() + m * w.units, sums.as<std::int32_t>() + m * w.units * 2);
+        else
+            std::memcpy(values.as<float>() + m * stride, from + m * w.columns, w.columns * sizeof(float));
+    }
+    const Activations laid = {count, w.units, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
+    Output out;
+    out.to = to;
+    out.stride = w.rows;
+    const std::size_t each = (product_scratch(w) + 127) / 64 * 64;
+    const Memory scratch(each * std::size_t(threads));
+    const std::size_t pieces = std::min(w.tiles, std::size_t(threads) * (count >= 32 ? 8 : 1));
+    if (count == 0 || pieces == 0) return;
+    parallel(pieces, threads, [&](std::size_t p, int worker) {
+        run.product(w, laid, out, w.tiles * p / pieces, w.tiles * (p + 1) / pieces, fast,
+                    scratch.as() + each * std::size_t(worker));
+    });
+}
+
+void rows(const LaidWeight& weight, const Ids& ids, const Matrix<float>& out) {
+    const Tiled& w = weight.tiled;
+    require(out.shape(0) == ids.shape(0) && out.shape(1) == w.columns, "out has the wrong shape");
+    for (std::size_t i = 0; i < ids.shape(0); ++i)
+        if (ids.data()[i] < 0 || static_cast<std::size_t>(ids.data()[i]) >= w.rows) throw nb::index_error("row out of range");
+    nb::gil_scoped_release release;
+    for (std::size_t i = 0; i < ids.shape(0); ++i)
+        kernels().tiled_row(w, static_cast<std::size_t>(ids.data()[i]), out.data() + i * w.columns);
+}
+
+void restore(const LaidWeight& weight, const Matrix<std::uint8_t>& packed, const Any& scale, const std::optional<Any>& offset,
+             int threads) {
+    const Tiled& w = weight.tiled;
+    require(w.holds == Holds::codes, "a float weight has no codes");
+    require(packed.shape(0) == w.rows && packed.shape(1) == (w.columns * std::size_t(w.bits) + 7) / 8, "packed has the wrong shape");
+    const auto fits = [&](const Any& a, bool half) {
+        return is_half(a) == half && a.shape(0) == weight.parameter_rows && a.shape(1) == w.blocks;
+    };
+    require(fits(scale, w.scale_half) && (offset.has_value() == (w.offset != nullptr)), "scale has the wrong shape or type");
+    if (offset) require(fits(*offset, w.offset_half), "offset has the wrong shape or type");
+    threads = threads_for(threads);
+    void* to = const_cast<void*>(scale.data());
+    void* second = offset ? const_cast<void*>(offset->data()) : nullptr;
+    nb::gil_scoped_release release;
+    weight.restore(packed.data(), to, second, threads);
+}
+
+// int8 codes of x [M, K] in blocks of 32, as products in fast mode make them.
+void quantize(const Matrix<const float>& x, const Matrix<std::int8_t>& codes, const Matrix<float>& scale) {
+    const std::size_t units = (x.shape(1) + kUnit - 1) / kUnit;
+    require(codes.shape(0) == x.shape(0) && codes.shape(1) == units * kUnit && scale.shape(0) == x.shape(0) && scale.shape(1) == units,
+            "codes or scale has the wrong shape");
+    std::vector<std::int32_t> sums(units * 2);
+    for (std::size_t m = 0; m < x.shape(0); ++m)
+        kernels().quantize_row(x.data() + m * x.shape(1), x.shape(1), units, codes.data() + m * units * kUnit,
+                               scale.data() + m * units, sums.data());
+}
+
+}  // namespace
+
+void bind_weights(nb::module_& m) {
+    nb::class_<LaidWeight>(m, "Weight", "A weight [N, K] in the kernel layout.")
+        .def_static("from_codes", &from_codes, nb::arg("packed").noconvert(), nb::arg("columns"), nb::arg("bits"),
+                    nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
+                    nb::arg("offset").noconvert().none(), nb::arg("drop"), nb::arg("threads"))
+        .def_static("from_floats", &from_floats, nb::arg("values").noconvert(), nb::arg("kind"), nb::arg("transposed"),
+                    nb::arg("drop"), nb::arg("threads"))
+        .def_prop_ro("rows", [](const LaidWeight& w) { return w.tiled.rows; })
+        .def_prop_ro("columns", [](const LaidWeight& w) { return w.tiled.columns; })
+        .def_prop_ro("bits", [](const LaidWeight& w) { return w.tiled.bits; })
+        .def_prop_ro("holds_codes", [](const LaidWeight& w) { return w.tiled.holds == Holds::codes; })
+        .def_prop_ro("nbytes", &LaidWeight::bytes)
+        .def("product", &product, nb::arg("x").noconvert(), nb::arg("y").noconvert(), nb::arg("exact"), nb::arg("threads"))
+        .def("gather", &rows, nb::arg("rows").noconvert(), nb::arg("out").noconvert())
+        .def("restore", &restore, nb::arg("packed").noconvert(), nb::arg("scale").noconvert(), nb::arg("offset").noconvert().none(),
+             nb::arg("threads"));
+    m.def("quantize_activations", &quantize, nb::arg("x").noconvert(), nb::arg("codes").noconvert(), nb::arg("scale").noconvert());
+}
+
+}  // namespace nybble

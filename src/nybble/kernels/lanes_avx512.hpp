@@ -1,0 +1,87 @@
+// Sixteen lanes as one AVX-512 register. Included inside a namespace of its own (isa_avx512.cpp, isa_avx512vnni.cpp).
+// What each operation means is said once, in lanes_scalar.hpp.
+
+struct Lanes {
+#ifdef NYBBLE_VNNI
+    static constexpr int kTokens = 12;  // tokens a product keeps in registers: 12 integer and 12 float sums of 32
+#else
+    static constexpr int kTokens = 4;
+#endif
+    using F = __m512;
+    using I = __m512i;
+
+    static inline F all(float v) { return _mm512_set1_ps(v); }
+    static inline F load(const float* from) { return _mm512_loadu_ps(from); }
+    static inline void store(float* to, F v) { _mm512_storeu_ps(to, v); }
+    static inline F load_half(const std::uint16_t* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    static inline void store_half(std::uint16_t* to, F v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+    static inline F load_bfloat(const std::uint16_t* from) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static inline F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static inline F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+    static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static inline F abs(F a) { return _mm512_abs_ps(a); }
+    static inline F sqrt(F a) { return _mm512_sqrt_ps(a); }
+
+    static inline I whole(std::int32_t v) { return _mm512_set1_epi32(v); }
+    static inline I bytes(std::uint8_t v) { return _mm512_set1_epi8(static_cast<char>(v)); }
+    static inline I line(const void* from) { return _mm512_loadu_si512(from); }
+    static inline void store_line(void* to, I v) { _mm512_storeu_si512(to, v); }
+    static inline I four(const std::int8_t* from) {
+        std::int32_t word;
+        __builtin_memcpy(&word, from, 4);
+        return _mm512_set1_epi32(word);
+    }
+    static inline I both(I a, I b) { return _mm512_and_si512(a, b); }
+    static inline I either(I a, I b) { return _mm512_or_si512(a, b); }
+    template <int N>
+    static inline I right(I a) {
+        return _mm512_srli_epi32(a, N);
+    }
+    template <int N>
+    static inline I left(I a) {
+        return _mm512_slli_epi32(a, N);
+    }
+    static inline I plus(I a, I b) { return _mm512_add_epi32(a, b); }
+    static inline I minus(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+    static inline I to_whole(F a) { return _mm512_cvtps_epi32(a); }
+    static inline F as_float(I a) { return _mm512_castsi512_ps(a); }
+    static inline void store_bytes(std::int8_t* to, I v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(v));
+    }
+    static inline I load_bytes(const std::uint8_t* from) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static inline I byte_table(const std::uint8_t* sixteen) {
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)));
+    }
+    static inline I look_up(I table, I indices) { return _mm512_shuffle_epi8(table, indices); }
+    static inline F float_table(F table, I indices) { return _mm512_permutexvar_ps(indices, table); }
+
+    static inline I dot(I sum, I weights, I activations) {
+#ifdef NYBBLE_VNNI
+        return _mm512_dpbusd_epi32(sum, weights, activations);
+#else
+        // Widened to 16 bits: the 8-bit multiply-add saturates. Pairs of rows come out apart and are brought together.
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512i wide = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(activations));
+        const __m512 low = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_unpacklo_epi8(weights, zero), wide));
+        const __m512 high = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_unpackhi_epi8(weights, zero), wide));
+        const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88));
+        const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xdd));
+        return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+    }
+};

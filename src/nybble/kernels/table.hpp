@@ -1,0 +1,23 @@
+// Ends every isa_*.cpp: the bodies, and their functions under the name NYBBLE_ISA. Included once a file, in no namespace.
+namespace nybble::NYBBLE_ISA {
+
+#include "body_storage.hpp"
+// The bodies above work on codes as stored, those below in the kernel layout.
+#include "body_math.hpp"
+#include "body_layout.hpp"
+#include "body_product.hpp"
+#include "body_rows.hpp"
+#include "body_attention.hpp"
+
+}  // namespace nybble::NYBBLE_ISA
+
+namespace nybble {
+#define NYBBLE_STRING(name) #name
+#define NYBBLE_NAME(name) NYBBLE_STRING(name)
+extern const Kernels NYBBLE_TABLE;
+const Kernels NYBBLE_TABLE = {
+    NYBBLE_NAME(NYBBLE_ISA), NYBBLE_ISA::pack,         NYBBLE_ISA::unpack,   NYBBLE_ISA::decode_row,   NYBBLE_ISA::sum,
+    NYBBLE_ISA::tile_codes,  NYBBLE_ISA::untile_codes, NYBBLE_ISA::tiled_row, NYBBLE_ISA::product,      NYBBLE_ISA::quantize_row,
+    NYBBLE_ISA::norm_row,    NYBBLE_ISA::best_of,      NYBBLE_ISA::append,   NYBBLE_ISA::attend_scratch, NYBBLE_ISA::attend,
+    NYBBLE_ISA::activate_row};
+}  // namespace nybble
