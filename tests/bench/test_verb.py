@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import venv
@@ -165,3 +166,26 @@ print([name for name in ("torch", "transformers", "matplotlib") if name in sys.m
 """
     assert python_script(program).strip() == "[]"
     assert sys.executable
+
+
+def test_an_interrupt_ends_the_workers_and_leaves_nothing(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nybble", "bench", "--formats", "int8", "--rounds", "1000", "--repeats", "1", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "TMPDIR": str(tmp_path / "scratch")},
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "round 2" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        words = process.stderr.read()
+        assert process.wait(60) == 130
+        assert process.stdout.read() == ""
+    assert words.splitlines()[-1].startswith("nybble: error: interrupted")
+    assert list((tmp_path / "scratch").iterdir()) == []

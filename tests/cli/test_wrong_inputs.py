@@ -63,6 +63,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "latin1.txt").write_bytes("größer als vorher ".encode("latin-1") * 500)
     (root / "list.json").write_text('{"text": "no list"}')
     (root / "cut.json").write_text("[1, ")
+    (root / "prompts.txt").write_text("a\n\nb\n")
     (root / "keys.jsonl").write_text('{"words": "a"}\n')
     (root / "nothing").mkdir()
     for name in (
@@ -76,6 +77,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "other-config",
         "unknown-class",
         "bert",
+        "no-table",
     ):
         shutil.copytree(DEMO, root / name)
 
@@ -92,6 +94,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "no-tokenizer" / "tokenizer.json").unlink()
     edit_config(root / "other-config", n_embd=128)
     edit_config(root / "unknown-class", architectures=["Gpt9LMHeadModel"])
+    edit_config(root / "no-table", model_type="bloomy", architectures=["BloomyForCausalLM"])
     edit_config(root / "bert", model_type="bert", architectures=["BertForMaskedLM"])  # config.json is all that is read
 
     shutil.copytree(DEMO, root / "quantized")
@@ -167,6 +170,9 @@ WRONG: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "compare encoder": (["compare", "in/bert"], 1, ("in/bert", "BertForMaskedLM")),
     "eval encoder": (["eval", "in/bert"], 1, ("in/bert", "next token")),
     "generate encoder": (["generate", "in/bert", "--prompt", "a"], 1, ("in/bert", "next token")),
+    "generate no tokenizer": (["generate", "in/no-tokenizer", "a"], 1, ("in/no-tokenizer", "tokenizer.json")),
+    "generate truncated": (["generate", "in/truncated", "a"], 1, ("in/truncated/model.safetensors", "truncated")),
+    "generate unknown model type": (["generate", "in/no-table", "a"], 1, ("'bloomy'", "gpt2", "--runtime torch")),
     "compare quantized": (["compare", "in/quantized"], 1, ("in/quantized", "quantized already")),
     "quantize quantized": (["quantize", "in/quantized", "-o", "out"], 1, ("in/quantized", "quantized already")),
     "plan quantized": (["plan", "in/quantized"], 1, ("in/quantized", "quantized already")),
@@ -180,6 +186,12 @@ WRONG: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "compare JSON text": (["compare", "--text", "in/list.json"], 1, ("in/list.json", "list of strings")),
     "compare JSON cut short": (["compare", "--text", "in/cut.json"], 1, ("in/cut.json", "not JSON")),
     "compare JSON lines of other keys": (["compare", "--text", "in/keys.jsonl"], 1, ("in/keys.jsonl, line 1", '"text"')),
+    "generate no prompt": (["generate", DEMO], 2, ("no prompt", "--prompt-file")),
+    "generate two prompts": (["generate", DEMO, "a", "--batch", "in/prompts.txt"], 2, ("PROMPT and --batch",)),
+    "generate missing prompt file": (["generate", DEMO, "--prompt-file", "in/no.txt"], 1, ("in/no.txt",)),
+    "generate prompt not UTF-8": (["generate", DEMO, "--prompt-file", "in/latin1.txt"], 1, ("in/latin1.txt", "byte 2")),
+    "generate empty line": (["generate", DEMO, "--batch", "in/prompts.txt"], 1, ("in/prompts.txt", "line 2 is empty")),
+    "generate empty prompt": (["generate", DEMO, ""], 1, ("prompt is empty",)),
     "quantize calibration empty": (
         ["quantize", DEMO, "--method", "rtn:mse", "--calibrate", "in/empty.txt", "-o", "out"], 1, ("in/empty.txt",),
     ),
@@ -210,6 +222,19 @@ WRONG: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "no repeats": (["compare", "--repeats", "0"], 2, ("repeats is 0",)),
     "no new tokens": (["compare", "--new-tokens", "0"], 2, ("new tokens is 0",)),
     "generate no tokens": (["generate", DEMO, "--prompt", "a", "--new-tokens", "0"], 2, ("--new-tokens 0",)),
+    "generate top-k of none": (["generate", DEMO, "a", "--top-k", "0"], 2, ("--top-k 0",)),
+    "generate top-k below": (["generate", DEMO, "a", "--top-k", "-3"], 2, ("top_k is -3",)),
+    "generate top-p over 1": (["generate", DEMO, "a", "--top-p", "1.5"], 2, ("top_p is 1.5", "to 1")),
+    "generate min-p over 1": (["generate", DEMO, "a", "--min-p", "2"], 2, ("min_p is 2", "0 to 1")),
+    "generate temperature below 0": (["generate", DEMO, "a", "--temperature", "-1"], 2, ("temperature is -1", "0 is greedy")),
+    "generate temperature NaN": (["generate", DEMO, "a", "--temperature", "nan"], 2, ("temperature is nan",)),
+    "generate no penalty": (["generate", DEMO, "a", "--repetition-penalty", "0"], 2, ("repetition_penalty is 0",)),
+    "generate cut of greedy": (["generate", DEMO, "a", "--temperature", "0", "--top-p", "0.5"], 2, ("--top-p 0.5", "leave one")),
+    "generate empty stop": (["generate", DEMO, "a", "--stop", ""], 2, ("stop string is empty",)),
+    "generate unknown cache": (["generate", DEMO, "a", "--cache", "int5"], 2, ("'int5'", "did you mean int8 or int4")),
+    "generate no threads": (["generate", DEMO, "a", "--threads", "0"], 2, ("threads 0",)),
+    "generate unknown runtime": (["generate", DEMO, "a", "--runtime", "tortch"], 2, ("'tortch'", "did you mean torch")),
+    "generate torch with stop": (["generate", DEMO, "a", "--runtime", "torch", "--stop", "b"], 2, ("not --stop",)),
     "stride of another protocol": (["compare", "--stride", "8"], 2, ("stride 8", "paper")),
     "stride over window": (
         ["compare", "--protocol", "stride", "--window", "64", "--stride", "64"], 2, ("stride 64", "window of 64"),
@@ -258,8 +283,9 @@ LOADED: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "generate prompt over the context": (["generate", DEMO, "--prompt", LONG_PROMPT], 1, ("tokens and 50 new", "context of 512")),
     "compare NaN": (["compare", "in/nan"], 1, (NAN_TENSOR, "1 of 262144", "[3, 5]")),
     "eval NaN": (["eval", "in/nan"], 1, (NAN_TENSOR, "1 of 262144", "[3, 5]")),
+    "generate NaN": (["generate", "in/nan", "a"], 1, ("not finite",)),
+    "generate infinite norm": (["generate", "in/infinite-norm", "a"], 1, ("not finite",)),
     "quantize infinite norm": (["quantize", "in/infinite-norm", "-o", "out"], 1, ("transformer.ln_f.weight", "1 of 256", "inf")),
-    "generate empty prompt": (["generate", DEMO, "--prompt", ""], 1, ("prompt is empty",)),
     "class that transformers lacks": (["plan", "in/unknown-class"], 1, ("Gpt9LMHeadModel", "not part of transformers")),
     "config of another model": (["quantize", "in/other-config", "-o", "out"], 1, ("in/other-config", "another shape")),
     "keep that matches nothing": (["plan", "--keep", "wtf"], 2, ("'wtf'", "known", "and 6 more")),

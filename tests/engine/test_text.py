@@ -242,10 +242,22 @@ def test_broken_files_are_one_line(case: str, tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["demo", "stories260k-llama"])
-def test_a_text_that_is_no_unicode(name: str) -> None:
-    with pytest.raises(InputError, match="tokenizer failed on the text"):
-        codec_of(name).encode("a lone surrogate: \ud800")
+def test_a_text_that_is_no_unicode() -> None:
+    with pytest.raises(InputError, match="character 18 of the text is no Unicode"):
+        codec_of("demo").encode("a lone surrogate: \ud800")
+
+
+def test_a_text_that_the_tokenizer_cannot_take(tmp_path: Path) -> None:
+    """A vocabulary of words whose unknown token is missing."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"one": 0}, unk_token="none"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec.load(tmp_path)
+    assert codec.encode("one one") == [0, 0]
+    with pytest.raises(InputError, match="the tokenizer failed on the text"):
+        codec.encode("one two")
 
 
 # Id by id

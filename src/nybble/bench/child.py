@@ -74,6 +74,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                cwd=self._slim if python else None,  # which stands first on the path
                 env=self._environment(python is not None),
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its workers in order
             ) as process,

@@ -15,13 +15,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nybble.bench.adapters import OURS, Runtime, adapter_of
 from nybble.errors import NybbleError
 from nybble.evaluate import memory
+
+BUDGET_SECONDS = 30.0
 
 
 def seconds_since_start(spawned: float) -> float:
@@ -36,7 +39,8 @@ def seconds_since_start(spawned: float) -> float:
 def measure(job: dict[str, Any], spawned: float) -> dict[str, Any]:
     """Every figure of one racer. Seconds are the best of `repeats` runs after a warm-up, memory is bytes.
 
-    The process is new: the first token counts from its start, libraries and weights included.
+    A figure whose runs have taken BUDGET_SECONDS gets no more of them. The process is new: the first token counts from
+    its start, libraries and weights included.
     """
     adapter, work, what = adapter_of(job["runtime"]), job["workload"], job["what"]
     prompts, new_tokens, repeats = work["prompts"], work["new_tokens"], job["repeats"]
@@ -49,11 +53,11 @@ def measure(job: dict[str, Any], spawned: float) -> dict[str, Any]:
     (tokens,) = _generate(runtime, prompts["1"], new_tokens)
     found |= {"tokens": tokens, "memory_loaded_bytes": memory.resident_bytes()}
     if "decode" in what:
-        found["decode_s"] = best_of(repeats, lambda: _generate(runtime, prompts["1"], new_tokens))
+        found["decode_s"] = best_of([partial(_generate, runtime, prompts["1"], new_tokens)] * repeats)
     if "prefill" in what:
         first, *texts = work["texts"]
         runtime.prefill(first)
-        found["prefill_s"] = min(best_of(1, lambda text=text: runtime.prefill(text)) for text in texts)  # type: ignore[misc]
+        found["prefill_s"] = best_of([partial(runtime.prefill, text) for text in texts])
     if "batch" in what:
         found["batch_s"] = {}
         for rows, batch in prompts.items():
@@ -61,15 +65,17 @@ def measure(job: dict[str, Any], spawned: float) -> dict[str, Any]:
                 found["batch_s"][rows] = found["decode_s"]
                 continue
             _generate(runtime, batch, min(2, new_tokens))
-            found["batch_s"][rows] = best_of(repeats, lambda batch=batch: _generate(runtime, batch, new_tokens))  # type: ignore[misc]
+            found["batch_s"][rows] = best_of([partial(_generate, runtime, batch, new_tokens)] * repeats)
     found["memory_peak_bytes"] = memory.peak_bytes()
     return found | runtime.facts()
 
 
-def best_of(repeats: int, run: Callable[[], object]) -> float:
+def best_of(runs: Sequence[Callable[[], object]]) -> float:
     """Fewest seconds of several runs: what a shared machine disturbs least."""
-    seconds = []
-    for _ in range(repeats):
+    seconds: list[float] = []
+    for run in runs:
+        if sum(seconds) > BUDGET_SECONDS:
+            break
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)

@@ -6,16 +6,17 @@ traceback. Tables go to standard output, progress to standard error, `--json` gi
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-import traceback
+from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
-from nybble.cli import bench, compare, eval, generate, inspect, plan, quantize, report
+from nybble.cli.arguments import read
 from nybble.errors import NybbleError
 from nybble.version import __version__
 
@@ -23,16 +24,25 @@ INTERRUPTED = 130
 Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for wrong arguments: its own class, or that of the click package, by its version."""
 
-app = typer.Typer(
-    name="nybble",
-    help="Make a language model small and fast on the machine you have, and prove what that cost.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for verb in (compare, report, quantize, plan, inspect, eval, generate, bench):
-    app.command(verb.NAME, help=verb.HELP, epilog=None)(verb.run)
+VERBS = ("compare", "report", "quantize", "plan", "inspect", "eval", "generate", "bench")
+"""Each is the module of its name, with NAME, HELP and run; `--help` lists them in this order."""
+
+
+def make_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
+    """The command line with some of its verbs. Reading the options of all eight takes longer than printing a version."""
+    app = typer.Typer(
+        name="nybble",
+        help="Make a language model small and fast on the machine you have, and prove what that cost.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name in verbs:
+        verb = importlib.import_module(f"nybble.cli.{name}")
+        app.command(verb.NAME, help=verb.HELP, epilog=None)(verb.run)
+    return app
 
 
 def _show_version(wanted: bool) -> None:
@@ -41,7 +51,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and stop.")
@@ -57,13 +66,13 @@ def main() -> NoReturn:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = _run(arguments)
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer turned KeyboardInterrupt into this, silently
             raise KeyboardInterrupt
     except NybbleError as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback()
         code = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
@@ -74,10 +83,29 @@ def main() -> NoReturn:
         code = 141
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _show_traceback()
         name = type(error).__name__
         code = _fail(f"internal error, please report it: {name}: {error} (nybble --debug ... shows the traceback)", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run(arguments: list[str]) -> object:
+    """Carry a command line out. A plain one goes straight to its verb; typer takes 0.1 s to read it."""
+    wanted = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if wanted not in VERBS:
+        return make_app()(args=arguments, standalone_mode=False)
+    run = importlib.import_module(f"nybble.cli.{wanted}").run
+    values = read(run, arguments[1:]) if arguments[0] == wanted else None
+    if values is None:
+        return make_app([wanted])(args=arguments, standalone_mode=False)
+    run(**values)
+    return 0
+
+
+def _show_traceback() -> None:
+    import traceback  # a few milliseconds, for errors only
+
+    traceback.print_exc()
 
 
 def _fail(message: str, code: int) -> int:

@@ -37,7 +37,7 @@ def run(
     ] = "",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds over all racers, each a new process; the median counts.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Runs of each figure in a process; the best counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Runs of each figure in a process, at most 30 s of them; the best counts.")] = 5,
     what: Annotated[str, typer.Option(help="Any of decode, prefill, batch.")] = "decode,prefill,batch",
     exact: Annotated[bool, typer.Option("--exact", help="Float activations in nybble's engine.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON line a racer on standard output, no table.")] = False,

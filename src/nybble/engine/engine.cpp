@@ -48,16 +48,21 @@ std::size_t Engine::rotation(std::vector<float> frequencies) {
 void Engine::append(Op op) { program_.push_back(std::move(op)); }
 
 void Engine::Rows::allocate(std::size_t rows, std::size_t columns, bool quantized) {
-    stride = up(columns, kUnit);
+    stride = up(columns, kBlock);
     values = Memory(rows * stride * sizeof(float) + 64);
     if (!quantized) return;
+    rows = up(rows, kPanel);
     codes = Memory(rows * stride + 64);
-    scale = Memory(rows * stride / kUnit * sizeof(float) + 64);
-    sums = Memory(rows * stride / kUnit * 2 * sizeof(std::int32_t) + 64);
+    scale = Memory(rows * stride / kBlock * sizeof(float) + 64);
+    sums = Memory(rows * stride / 16 * sizeof(std::int32_t) + 64);
+}
+
+void Engine::Rows::quantize(const Kernels& run, const float* row, std::size_t columns, std::size_t rows, std::size_t m) const {
+    run.quantize_row(row, columns, {codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>(), stride, rows, m});
 }
 
 Activations Engine::Rows::view(std::size_t rows) const {
-    return {rows, stride / kUnit, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
+    return {rows, stride, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
 }
 
 void Engine::finish(std::size_t vocabulary, std::size_t rows) {
@@ -78,7 +83,7 @@ void Engine::finish(std::size_t vocabulary, std::size_t rows) {
                 if (op.linear.to != Buffer::logits) wide(op.linear.to, part.column + w.rows);
                 wide(op.linear.from, w.columns);
                 widest = std::max(widest, w.columns);
-                scratch = std::max(scratch, product_scratch(w));
+                scratch = std::max(scratch, product_scratch(w, most_));
             }
         if (op.kind == Op::Kind::attention) {
             const Attention& a = op.attention;
@@ -175,11 +180,14 @@ void Engine::work(int worker, State& state) {
                 break;
             }
             case Op::Kind::select: {
-                Rows& x = buffers_[std::size_t(Buffer::residual)];
                 if (worker == 0 && state.step.wanted_count != state.rows)
-                    for (std::size_t i = 0; i < state.step.wanted_count; ++i)
-                        std::memmove(x.values.as<float>() + i * x.stride,
-                                     x.values.as<float>() + std::size_t(state.step.wanted[i]) * x.stride, x.stride * sizeof(float));
+                    for (const Buffer b : {Buffer::residual, Buffer::mixed}) {
+                        Rows& x = buffers_[std::size_t(b)];
+                        for (std::size_t i = 0; i < state.step.wanted_count; ++i)
+                            std::memmove(x.values.as<float>() + i * x.stride,
+                                         x.values.as<float>() + std::size_t(state.step.wanted[i]) * x.stride,
+                                         x.stride * sizeof(float));
+                    }
                 if (state.step.wanted_count != state.rows) barrier_.wait();
                 state.rows = state.step.wanted_count;
                 state.own = state.rows <= kOwn;
@@ -235,9 +243,7 @@ void Engine::norm(const Norm& op, State& state, int worker) {
         float* row = to.values.as<float>() + m * to.stride;
         state.run.norm_row(from.values.as<float>() + m * from.stride, columns, how, row);
         if (!exact_ && op.to == Buffer::normed)
-            state.run.quantize_row(row, columns, to.stride / kUnit, to.codes.as<std::int8_t>() + m * to.stride,
-                                   to.scale.as<float>() + m * (to.stride / kUnit),
-                                   to.sums.as<std::int32_t>() + m * (to.stride / kUnit) * 2);
+            to.quantize(state.run, row, columns, state.rows, m);
     }
     if (!own) barrier_.wait();
 }
@@ -246,24 +252,19 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
     Worker& mine = workers_[std::size_t(worker)];
     const Rows& shared = buffers_[std::size_t(op.from)];
     Activations x;
-    const std::size_t columns = op.parts[0].weight->tiled.columns, units = (columns + kUnit - 1) / kUnit;
+    Activations coded;  // the same rows as int8 codes
+    const std::size_t columns = op.parts[0].weight->tiled.columns;
     if (op.from == Buffer::normed) {
-        x = (state.own ? mine.normed : shared).view(state.rows);
+        x = coded = (state.own ? mine.normed : shared).view(state.rows);
     } else {
         x = shared.view(state.rows);
         if (quantizes(op, exact_)) {
             const Rows& to = state.own ? mine.source : shared;
             const auto [first, last] = state.own ? std::pair<std::size_t, std::size_t>{0, state.rows} : share(state.rows, worker, threads_);
             for (std::size_t m = first; m < last; ++m)
-                state.run.quantize_row(shared.values.as<float>() + m * shared.stride, columns, units,
-                                       to.codes.as<std::int8_t>() + m * to.stride, to.scale.as<float>() + m * (to.stride / kUnit),
-                                       to.sums.as<std::int32_t>() + m * (to.stride / kUnit) * 2);
+                to.quantize(state.run, shared.values.as<float>() + m * shared.stride, columns, state.rows, m);
             if (!state.own) barrier_.wait();
-            const Activations codes = to.view(state.rows);
-            x.codes = codes.codes;
-            x.scale = codes.scale;
-            x.sums = codes.sums;
-            x.units = codes.units;
+            coded = to.view(state.rows);
         }
     }
     const auto product = [&](std::size_t p, std::size_t first, std::size_t last) {
@@ -284,9 +285,7 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
         out.add = op.add;
         out.scale = op.scale;
         const bool fast = !exact_ && w.holds == Holds::codes;
-        Activations mine_x = x;
-        if (!fast && op.from != Buffer::normed) mine_x.units = shared.stride / kUnit;
-        state.run.product(w, mine_x, out, first, last, fast, mine.scratch.as());
+        state.run.product(w, fast ? coded : x, out, first, last, fast, mine.scratch.as());
     };
     if (state.rows < kMany) {
         for (std::size_t p = 0; p < op.parts.size(); ++p) {

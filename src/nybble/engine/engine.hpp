@@ -16,7 +16,7 @@
 
 namespace nybble {
 
-// Row-wise storage that operations read and write. Rows are padded with zeros to whole units of 32 values.
+// Row-wise storage that operations read and write. Rows are padded with zeros to whole blocks of 64 values.
 enum class Buffer : std::uint8_t { residual, normed, projected, mixed, inner, logits };
 inline constexpr std::size_t kBuffers = 6;
 
@@ -65,8 +65,6 @@ struct Attention {
 struct Add {
     Buffer from, to;
 };
-
-struct Select {};  // from here on only the rows whose logits are wanted
 
 struct Cap {  // logits = cap * tanh(logits / cap)
     float cap;
@@ -117,6 +115,7 @@ class Engine {
         Memory values, codes, scale, sums;
         std::size_t stride = 0;
         void allocate(std::size_t rows, std::size_t columns, bool quantized);
+        void quantize(const Kernels& run, const float* row, std::size_t columns, std::size_t rows, std::size_t m) const;
         Activations view(std::size_t rows) const;
     };
     struct Worker {

@@ -106,7 +106,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Select:
-    """From here on only the rows whose logits are wanted."""
+    """From here on only the rows whose logits are wanted: behind the last attention no row needs another."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _Builder:
         operations: list[Operation] = [Embed(tokens, positions, how.position_offset, scale)]
         for i in range(self.layers):
             operations += self.block(i)
-        operations += [Select(), self.norm(how.final_norm, "residual", "normed")]
+        operations.append(self.norm(how.final_norm, "residual", "normed"))
         tied = config.get("tie_word_embeddings", self.table.ties_by_default)
         head = tokens if tied or self.shape_of(f"{roles['head']}.weight") is None else self.matrix(roles["head"])
         if head is tokens:
@@ -224,12 +224,17 @@ class _Builder:
             Linear("normed", "projected", tuple(self.inside(i, name) for name in how.attention_in)),
             self.attention(i),
         ]
+        if i + 1 == self.layers and how.mlp_norm:  # side by side, the feed-forward part still reads the norm of all rows
+            operations.append(Select())
         operations += self.into_residual("mixed", self.inside(i, how.attention_out), i, how.attention_after, inner)
         if how.mlp_norm:
             operations.append(self.norm(self.name(i, how.mlp_norm), "residual", "normed"))
         *first, down = (self.inside(i, name) for name in how.mlp)
         operations.append(Linear("normed", "inner", tuple(first), self.activation, gated=len(first) == 2))
-        return operations + self.into_residual("inner", down, i, how.mlp_after, inner)
+        operations += self.into_residual("inner", down, i, how.mlp_after, inner)
+        if i + 1 == self.layers and not how.mlp_norm:
+            operations.append(Select())
+        return operations
 
     def name(self, i: int, inside: str) -> str:
         return f"{self.table.block.format(i=i)}.{inside}"

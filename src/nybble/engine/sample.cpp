@@ -2,6 +2,7 @@
 #include "sample.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -19,12 +20,11 @@ struct Candidate {
 
 // Of equal values the lower id ranks higher: the order in which top-k and top-p keep tokens.
 bool ranks_before(const Candidate& a, const Candidate& b) { return a.value > b.value || (a.value == b.value && a.id < b.id); }
-bool has_lower_id(const Candidate& a, const Candidate& b) { return a.id < b.id; }
 
 // Kept between calls: half a megabyte a token would otherwise be mapped and cleared anew.
 struct Scratch {
     std::vector<double> logits;
-    std::vector<Candidate> candidates;
+    std::vector<Candidate> candidates, bucket;
 };
 
 // Copies the logits, checks them, and applies the penalty to each token that was seen, once.
@@ -48,8 +48,8 @@ void penalize(const float* logits, std::size_t count, const std::int64_t* histor
     }
 }
 
-// The k highest-ranked of the values, in any order. Gathers those above a threshold that rises with what was gathered:
-// after the first few hundred tokens nearly none is.
+// The k highest-ranked of the values, by id. Gathers those above a threshold that rises with what was gathered: after the
+// first few hundred tokens nearly none is.
 void take_top(const std::vector<double>& values, std::size_t k, std::vector<Candidate>& out) {
     out.clear();
     double threshold = -kInfinity;
@@ -58,33 +58,40 @@ void take_top(const std::vector<double>& values, std::size_t k, std::vector<Cand
         out.resize(k);
         threshold = out[k - 1].value;  // a later token of the same value has a higher id, so it ranks below
     };
-    const std::size_t room = 2 * k;
     for (std::size_t i = 0; i < values.size(); ++i) {
         if (!(values[i] > threshold)) continue;
         out.push_back({values[i], static_cast<std::uint32_t>(i)});
-        if (out.size() == room) cut();
+        if (out.size() == 2 * k) cut();
     }
     if (out.size() > k) cut();
+    std::sort(out.begin(), out.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
 }
 
-// Keeps the fewest highest-ranked candidates whose weights reach `share` of the total. Sorts only as many as that may be.
-void keep_share(std::vector<Candidate>& candidates, double share, double total) {
+// Weights in (0, 1] in buckets an eighth of a power of two wide, the heavy ones first; what is below 2^-64 in the last one.
+constexpr std::size_t kBuckets = 64 * 8;
+std::size_t bucket_of(double weight) {
+    constexpr std::uint64_t one = std::bit_cast<std::uint64_t>(1.0) >> 49;  // exponent and 3 bits after the point
+    return std::min<std::size_t>(kBuckets - 1, one - (std::bit_cast<std::uint64_t>(weight) >> 49));
+}
+
+// Keeps the fewest highest-ranked candidates whose weights reach `share` of the total. Only the bucket in which they reach
+// it is sorted.
+void keep_share(std::vector<Candidate>& candidates, double share, double total, std::vector<Candidate>& scratch) {
+    double weight[kBuckets] = {};
+    for (const Candidate& c : candidates) weight[bucket_of(c.value)] += c.value;
     double sum = 0.0;
-    std::size_t done = 0;  // sorted and summed
-    for (std::size_t wanted = 64; done < candidates.size(); wanted *= 4) {
-        const std::size_t end = std::min(wanted, candidates.size());
-        const auto from = candidates.begin() + static_cast<std::ptrdiff_t>(done);
-        const auto to = candidates.begin() + static_cast<std::ptrdiff_t>(end);
-        if (end < candidates.size()) std::nth_element(from, to, candidates.end(), ranks_before);
-        std::sort(from, to, ranks_before);
-        for (; done < end; ++done) {
-            sum += candidates[done].value;
-            if (sum >= share * total) {
-                candidates.resize(done + 1);
-                return;
-            }
-        }
-    }
+    std::size_t last = 0;
+    while (last < kBuckets - 1 && sum + weight[last] < share * total) sum += weight[last++];
+
+    scratch.clear();
+    for (const Candidate& c : candidates)
+        if (bucket_of(c.value) == last) scratch.push_back(c);
+    std::sort(scratch.begin(), scratch.end(), ranks_before);
+    std::size_t kept = 0;
+    while (kept < scratch.size() && (sum += scratch[kept++].value) < share * total) {}
+    if (kept == 0) return;  // rounding left the last bucket to reach it: all stay
+    const Candidate lowest = scratch[kept - 1];
+    std::erase_if(candidates, [&](const Candidate& c) { return ranks_before(lowest, c); });
 }
 
 double total_of(const std::vector<Candidate>& candidates) {
@@ -103,22 +110,17 @@ std::int64_t choose(const float* logits, std::size_t count, const std::int64_t* 
     const auto largest = std::max_element(values.begin(), values.end());  // the first of equal ones
     if (sampling.temperature == 0.0 || sampling.top_k == 1) return largest - values.begin();
 
-    std::vector<Candidate>& kept = scratch.candidates;
+    std::vector<Candidate>& kept = scratch.candidates;  // always in order of ids
     const double top = *largest;
     if (sampling.top_k != 0 && sampling.top_k < count) {
         take_top(values, sampling.top_k, kept);
-        std::sort(kept.begin(), kept.end(), has_lower_id);
     } else {
         kept.resize(count);
         for (std::size_t i = 0; i < count; ++i) kept[i] = {values[i], static_cast<std::uint32_t>(i)};
     }
     for (Candidate& c : kept) c.value = std::exp((c.value - top) / sampling.temperature);  // the largest is 1
-    if (sampling.top_p < 1.0) {
-        keep_share(kept, sampling.top_p, total_of(kept));
-        std::sort(kept.begin(), kept.end(), has_lower_id);
-    }
-    const auto improbable = [&](const Candidate& c) { return c.value < sampling.min_p; };
-    kept.erase(std::remove_if(kept.begin(), kept.end(), improbable), kept.end());
+    if (sampling.top_p < 1.0) keep_share(kept, sampling.top_p, total_of(kept), scratch.bucket);
+    if (sampling.min_p > 0.0) std::erase_if(kept, [&](const Candidate& c) { return c.value < sampling.min_p; });
 
     const double target = u * total_of(kept);
     double cumulative = 0.0;

@@ -78,24 +78,29 @@ def choose(logits: NDArray[np.float32], history: Sequence[int] | NDArray[np.int6
     if sampling.greedy:
         return int(np.argmax(values))  # the first of equal ones
 
-    scaled = (values - values.max()) / sampling.temperature
-    weights = np.exp(scaled)  # the largest is 1
-    ranked = np.argsort(-scaled, kind="stable")  # equal ones by id
-    if 0 < sampling.top_k < ranked.size:
-        ranked = ranked[: sampling.top_k]
+    weights = np.exp((values - values.max()) / sampling.temperature)  # [V], the largest is 1
+    kept = np.arange(values.size)  # ids, ascending
+    if 0 < sampling.top_k < kept.size:
+        kept = np.sort(_ranked(values)[: sampling.top_k])
     if sampling.top_p < 1.0:
-        reached = np.cumsum(weights[ranked]) >= sampling.top_p * np.cumsum(weights[np.sort(ranked)])[-1]
-        ranked = ranked[: int(np.argmax(reached)) + 1 if reached.any() else None]
-    kept = np.sort(ranked[weights[ranked] >= sampling.min_p])
+        ranked = kept[_ranked(weights[kept])]
+        reached = np.cumsum(weights[ranked]) >= sampling.top_p * np.cumsum(weights[kept])[-1]
+        kept = np.sort(ranked[: int(np.argmax(reached)) + 1 if reached.any() else None])
+    kept = kept[weights[kept] >= sampling.min_p]
 
     cumulative = np.cumsum(weights[kept])
     place = int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
     return int(kept[min(place, kept.size - 1)])
 
 
+def _ranked(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Places of the values, largest first, equal ones in order."""
+    return np.argsort(-values, kind="stable")
+
+
 def _penalize(values: NDArray[np.float64], history: NDArray[np.int64], penalty: float) -> NDArray[np.float64]:
     seen = np.unique(history)  # once each, however often a token came
-    if seen.size and not (0 <= seen[0] and seen[-1] < values.size):
+    if seen.size and not (seen[0] >= 0 and seen[-1] < values.size):
         wrong = int(seen[0] if seen[0] < 0 else seen[-1])
         raise UsageError(f"token {wrong} was seen, but the logits are of tokens 0 to {values.size - 1}")
     out = values.copy()

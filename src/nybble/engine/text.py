@@ -79,6 +79,12 @@ class TextCodec:
         the text (bytes that are no UTF-8, a token that it lacks).
         """
         try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"character {error.start} of the text is no Unicode; it may come from bytes that are no UTF-8"
+            ) from error
+        try:
             return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
         except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
             raise

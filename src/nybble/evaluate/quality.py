@@ -114,7 +114,7 @@ class LogitCache:
             cache._header.unlink(missing_ok=True)
             try:
                 with partial.open("wb") as file:
-                    for chunk in _log_probs(model, windows, count, batch_tokens, progress):
+                    for chunk in log_probabilities(model, windows, count, batch_tokens, progress):
                         if not chunk.finite:
                             raise NumericError(
                                 f"the float model's logits are not finite in window {chunk.window}; check its weights"
@@ -169,7 +169,7 @@ class LogitCache:
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class Chunk:
     """Predictions of some scored targets of one window."""
 
     window: int
@@ -194,47 +194,78 @@ def evaluate(
     """
     if cache is not None and cache.windows_sha256 != windows.sha256:
         raise UsageError("the cached float logits belong to other windows; make the cache again")
-    loss = np.zeros(len(windows))  # float64, sums per window
-    tokens = windows.scored.sum(axis=1)
-    kl_windows = cache.windows if cache else 0
-    kl_sum = np.zeros(kl_windows)
-    kl_values: list[NDArray[np.float64]] = []
-    agreed = 0
+    tally = Tally(windows, cache.windows if cache else 0)
     file = cache.data.open("rb") if cache else None
     try:
-        for chunk in _log_probs(model, windows, len(windows), batch_tokens, progress):
-            q = chunk.log_probs
-            at_target = q.gather(1, chunk.targets[:, None]).double().sum().item()
-            if not chunk.finite or not math.isfinite(at_target):
-                return _broken(windows, chunk.window)
-            loss[chunk.window] -= at_target
-            if cache is not None and file is not None and chunk.window < kl_windows:
-                if q.shape[1] != cache.vocabulary:
-                    raise UsageError(f"the model predicts {q.shape[1]} tokens, the cached float logits {cache.vocabulary}")
-                p = _read_rows(file, cache, q.shape[0]).to(q.device)
-                kl = kl_divergence(p, q)
-                kl_sum[chunk.window] += kl.sum().item()
-                kl_values.append(kl.cpu().numpy())
-                agreed += int((p.argmax(-1) == q.argmax(-1)).sum().item())
+        for chunk in log_probabilities(model, windows, len(windows), batch_tokens, progress):
+            p = None
+            if cache is not None and file is not None and chunk.window < cache.windows:
+                if chunk.log_probs.shape[1] != cache.vocabulary:
+                    width = chunk.log_probs.shape[1]
+                    raise UsageError(f"the model predicts {width} tokens, the cached float logits {cache.vocabulary}")
+                p = _read_rows(file, cache, chunk.log_probs.shape[0]).to(chunk.log_probs.device)
+            tally.add(chunk, p)
+            if tally.broken is not None:
+                break
     finally:
         if file is not None:
             file.close()
+    return tally.quality()
 
-    nll, nll_se = _mean_and_error(loss, tokens)
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    kl_tokens = cache.tokens if cache else 0
-    kl_mean, kl_se = _mean_and_error(kl_sum, tokens[:kl_windows]) if kl_tokens else (None, None)
-    return Quality(
-        perplexity=perplexity,
-        perplexity_se=None if nll_se is None else perplexity * nll_se,
-        nll_mean=nll,
-        scored_tokens=int(tokens.sum()),
-        kl_mean=kl_mean,
-        kl_se=kl_se,
-        kl_p99=float(np.quantile(np.concatenate(kl_values), 0.99)) if kl_tokens else None,
-        kl_tokens=kl_tokens,
-        top1_agreement=agreed / kl_tokens if kl_tokens else None,
-    )
+
+class Tally:
+    """What has been seen of one model's predictions so far: its losses, and its distance from another's."""
+
+    def __init__(self, windows: Windows, kl_windows: int) -> None:
+        """KL is counted over the first `kl_windows` windows."""
+        self.windows, self.kl_windows = windows, kl_windows
+        self.loss = np.zeros(len(windows))  # float64, sums per window
+        self.kl_sum = np.zeros(kl_windows)
+        self.kl_values: list[NDArray[np.float64]] = []
+        self.agreed = 0
+        self.broken: int | None = None
+        """The first window whose predictions are not finite."""
+
+    def add(self, chunk: Chunk, p: torch.Tensor | None) -> None:
+        """Count a chunk, and its distance from p, float32 log-probabilities [rows, vocabulary] of the same targets."""
+        q = chunk.log_probs
+        at_target = q.gather(1, chunk.targets[:, None]).double().sum().item()
+        if self.broken is None and not (chunk.finite and math.isfinite(at_target)):
+            self.broken = chunk.window
+        if self.broken is not None:
+            return
+        self.loss[chunk.window] -= at_target
+        if p is not None:
+            kl = kl_divergence(p, q)
+            self.kl_sum[chunk.window] += kl.sum().item()
+            self.kl_values.append(kl.cpu().numpy())
+            self.agreed += int((p.argmax(-1) == q.argmax(-1)).sum().item())
+
+    @property
+    def kl(self) -> NDArray[np.float64]:
+        """KL per token [tokens], in order."""
+        return np.concatenate(self.kl_values) if self.kl_values else np.zeros(0)
+
+    def quality(self) -> Quality:
+        """The figures of all that was added."""
+        if self.broken is not None:
+            return _broken(self.windows, self.broken)
+        tokens = self.windows.scored.sum(axis=1)
+        nll, nll_se = mean_and_error(self.loss, tokens)
+        perplexity = math.exp(nll) if nll < 700 else math.inf
+        kl_tokens = int(tokens[: self.kl_windows].sum())
+        kl_mean, kl_se = mean_and_error(self.kl_sum, tokens[: self.kl_windows]) if kl_tokens else (None, None)
+        return Quality(
+            perplexity=perplexity,
+            perplexity_se=None if nll_se is None else perplexity * nll_se,
+            nll_mean=nll,
+            scored_tokens=int(tokens.sum()),
+            kl_mean=kl_mean,
+            kl_se=kl_se,
+            kl_p99=float(np.quantile(self.kl, 0.99)) if kl_tokens else None,
+            kl_tokens=kl_tokens,
+            top1_agreement=self.agreed / kl_tokens if kl_tokens else None,
+        )
 
 
 def kl_divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -262,7 +293,7 @@ def _broken(windows: Windows, window: int) -> Quality:
     )
 
 
-def _mean_and_error(sums: NDArray[np.float64], counts: NDArray[Any]) -> tuple[float, float | None]:
+def mean_and_error(sums: NDArray[np.float64], counts: NDArray[Any]) -> tuple[float, float | None]:
     """Mean per token of per-window sums, and its standard error with windows as the independent units.
 
     The mean is a ratio of sums, so that windows with more scored tokens weigh more; its variance is the usual one of a
@@ -287,7 +318,7 @@ def _read_rows(file: BinaryIO, cache: LogitCache, rows: int) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32, copy=False).reshape(rows, cache.vocabulary))
 
 
-def _log_probs(model: Any, windows: Windows, count: int, batch_tokens: int, progress: Progress | None) -> Iterator[_Chunk]:
+def log_probabilities(model: Any, windows: Windows, count: int, batch_tokens: int, progress: Progress | None) -> Iterator[Chunk]:
     """Predictions of every scored target of the first `count` windows, in order, a few rows at a time."""
     device = _device(model)
     batch = max(1, batch_tokens // windows.length)
@@ -304,7 +335,7 @@ def _log_probs(model: Any, windows: Windows, count: int, batch_tokens: int, prog
                     log_probs = torch.log_softmax(logits[window - start, part - 1].float(), dim=-1)
                     # A NaN or +inf logit makes its whole row NaN, so that one column tells; -inf is a token ruled out.
                     finite = not bool(log_probs[:, 0].isnan().any())
-                    chunk = _Chunk(window, ids[window - start, part], log_probs, finite)
+                    chunk = Chunk(window, ids[window - start, part], log_probs, finite)
                 yield chunk
         del logits
         if progress is not None:

@@ -218,7 +218,7 @@ def lay_floats(values: NDArray[Any], kind: str, transposed: bool = False, drop: 
 def product(x: Floats, weight: Laid, exact: bool = True, threads: int = 1) -> Floats:
     """y = x @ W.T, float32 [M, N], for x float32 [M, K] and a weight in the kernel layout.
 
-    Exact: x stays float32. Otherwise x is rounded to int8 in blocks of 32 columns (`quantize_activations`) and products with
+    Exact: x stays float32. Otherwise x is rounded to int8 in blocks of 64 columns (`quantize_activations`) and products with
     integer codes are summed as integers; 16-level tables are rounded to 8 bits (at most half of their largest level over
     64). Float weights are always exact. A row's result does not depend on the other rows or on threads.
     """
@@ -240,15 +240,15 @@ def rows_of(weight: Laid, rows: NDArray[np.int64]) -> Floats:
 
 
 def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:
-    """(codes int8 [M, units * 32], scale float32 [M, units]) of x float32 [M, K], units = ceil(K / 32).
+    """(codes int8 [M, blocks * 64], scale float32 [M, blocks]) of x float32 [M, K], blocks = ceil(K / 64).
 
     scale = absmax / 127, code = nearest(x * (127 / absmax)), ties to even; a block below 1e-30 is zeros with scale 0, one
     with a value that is not finite has scale NaN.
     """
     found: Floats = arguments.array("x", x, arguments.FLOAT32, 2)
-    units = -(-found.shape[1] // arguments.UNIT)
-    codes = np.zeros((found.shape[0], units * arguments.UNIT), dtype=np.int8)
-    scale = np.zeros((found.shape[0], units), dtype=np.float32)
+    blocks = -(-found.shape[1] // arguments.BLOCK)
+    codes = np.zeros((found.shape[0], blocks * arguments.BLOCK), dtype=np.int8)
+    scale = np.zeros((found.shape[0], blocks), dtype=np.float32)
     (reference if _native is None else _native).quantize_activations(found, codes, scale)
     return codes, scale
 

@@ -24,7 +24,7 @@ FLOATS = (np.dtype(np.float16), np.dtype(np.float32))
 FLOAT_KINDS = {"f32": "float32", "f16": "float16", "bf16": "uint16"}
 
 MAX_BITS = 8
-UNIT = 32
+BLOCK = 64
 """Columns that quantized activations share a scale over."""
 MAX_THREADS = 1024
 MAX_COLUMNS = 1 << 31

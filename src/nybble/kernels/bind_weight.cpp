@@ -39,26 +39,26 @@ void product(const LaidWeight& weight, const Matrix<const float>& x, const Matri
     require(x.shape(1) == w.columns && y.shape(0) == x.shape(0) && y.shape(1) == w.rows, "x or y has the wrong shape");
     threads = threads_for(threads);
     const bool fast = !exact && w.holds == Holds::codes;
-    const std::size_t count = x.shape(0), stride = w.units * kUnit;
+    const std::size_t count = x.shape(0), stride = (w.columns + kBlock - 1) / kBlock * kBlock, most = count + kPanel;
     const float* from = x.data();
     float* to = y.data();
     nb::gil_scoped_release release;
     const Kernels& run = kernels();
     const Memory values(fast ? 0 : count * stride * sizeof(float));
-    const Memory codes(fast ? count * stride : 0);
-    const Memory scale(fast ? count * w.units * sizeof(float) : 0), sums(fast ? count * w.units * 2 * sizeof(std::int32_t) : 0);
+    const Memory codes(fast ? most * stride : 0);
+    const Memory scale(fast ? most * stride / kBlock * sizeof(float) : 0), sums(fast ? most * stride / 16 * sizeof(std::int32_t) : 0);
     for (std::size_t m = 0; m < count; ++m) {
         if (fast)
-            run.quantize_row(from + m * w.columns, w.columns, w.units, codes.as<std::int8_t>() + m * stride,
-                             scale.as<float>() + m * w.units, sums.as<std::int32_t>() + m * w.units * 2);
+            run.quantize_row(from + m * w.columns, w.columns,
+                             {codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>(), stride, count, m});
         else
             std::memcpy(values.as<float>() + m * stride, from + m * w.columns, w.columns * sizeof(float));
     }
-    const Activations laid = {count, w.units, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
+    const Activations laid = {count, stride, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
     Output out;
     out.to = to;
     out.stride = w.rows;
-    const std::size_t each = (product_scratch(w) + 127) / 64 * 64;
+    const std::size_t each = (product_scratch(w, count) + 127) / 64 * 64;
     const Memory scratch(each * std::size_t(threads));
     const std::size_t pieces = std::min(w.tiles, std::size_t(threads) * (count >= 32 ? 8 : 1));
     if (count == 0 || pieces == 0) return;
@@ -95,15 +95,15 @@ void restore(const LaidWeight& weight, const Matrix<std::uint8_t>& packed, const
     weight.restore(packed.data(), to, second, threads);
 }
 
-// int8 codes of x [M, K] in blocks of 32, as products in fast mode make them.
+// int8 codes of x [M, K] in blocks of 64, as products in fast mode make them.
 void quantize(const Matrix<const float>& x, const Matrix<std::int8_t>& codes, const Matrix<float>& scale) {
-    const std::size_t units = (x.shape(1) + kUnit - 1) / kUnit;
-    require(codes.shape(0) == x.shape(0) && codes.shape(1) == units * kUnit && scale.shape(0) == x.shape(0) && scale.shape(1) == units,
+    const std::size_t blocks = (x.shape(1) + kBlock - 1) / kBlock;
+    require(codes.shape(0) == x.shape(0) && codes.shape(1) == blocks * kBlock && scale.shape(0) == x.shape(0) && scale.shape(1) == blocks,
             "codes or scale has the wrong shape");
-    std::vector<std::int32_t> sums(units * 2);
+    std::vector<std::int32_t> sums(blocks * 4);
     for (std::size_t m = 0; m < x.shape(0); ++m)
-        kernels().quantize_row(x.data() + m * x.shape(1), x.shape(1), units, codes.data() + m * units * kUnit,
-                               scale.data() + m * units, sums.data());
+        kernels().quantize_row(x.data() + m * x.shape(1), x.shape(1),
+                               {codes.data() + m * blocks * kBlock, scale.data() + m * blocks, sums.data(), blocks * kBlock, 1, 0});
 }
 
 }  // namespace

@@ -2,109 +2,264 @@
 //
 // Two modes. Exact: activations are floats, every weight is decoded to a float (scale * level, as decode gives it) and
 // multiplied in order of its column, in two sums (even and odd columns) a row. Fast: activations are int8 with a float scale
-// a unit of 32 columns; a unit's products are summed as integers, exactly, and joined to the row's sum as
-// fma(integer * activation scale, weight scale, sum). Neither order depends on M, tiles or threads, so prefill and
-// decoding, one thread or eight, give the same bits.
+// a block of 64 columns. A part (a unit of 32 columns, or half of it) is summed as integers, exactly; then, in float32,
+//
+//     block = fma(integer sum, weight scale, block)        for each part; with an offset also fma(sum of codes, shift, block)
+//     total = fma(block, activation scale, total)          for each block
+//
+// Where one scale serves the row it is 1 above and the total is multiplied by it. Neither order depends on M, tiles or
+// threads, so prefill and decoding, one thread or eight, give the same bits.
 
 // ---- fast: integer products -------------------------------------------------------------------------------------------
 
-// What a group of tokens brings along for one weight: -base * sum of codes, and scale * sum of codes, a unit or half unit.
+// What the tokens bring along for one weight: -base * sum of codes, and the sum as a float, for each part. [M, parts], or
+// [panels][parts][8] as the codes lie.
 struct Corrections {
-    std::int32_t* integer;  // [M, parts]
-    float* sum;             // [M, parts]
+    std::int32_t* integer;
+    float* sum;  // only where there is an offset
     std::size_t parts;
 };
 
+inline bool scaled_by_row(const Tiled& w) { return w.blocks <= 1 && (w.offset == nullptr || w.offset_is_zero); }
+
+// Scale and shift of one part, as lanes.
+struct Grid {
+    const Tiled& w;
+    const std::size_t first;
+    const bool by_row;
+    Grid(const Tiled& weight, std::size_t tile) : w(weight), first(tile * weight.blocks * kRows), by_row(scaled_by_row(weight)) {}
+    inline F scale(std::size_t block) const {
+        return by_row ? Lanes::all(1.0f) : load_parameter(w.scale, w.scale_half, first + block * kRows);
+    }
+    inline F shift(std::size_t block, F scale) const {  // only where there is an offset
+        const F offset = load_parameter(w.offset, w.offset_half, first + block * kRows);
+        return w.offset_is_zero ? Lanes::sub(Lanes::all(0.0f), Lanes::mul(scale, offset)) : offset;
+    }
+    // What the totals are multiplied by.
+    inline F after() const {
+        const F step = Lanes::all(w.table ? w.byte_step : 1.0f);
+        return by_row ? Lanes::mul(step, load_parameter(w.scale, w.scale_half, first)) : step;
+    }
+};
+
+// The block that a part lies in; parts behind the last column belong to the last block.
+inline std::size_t block_of(const Tiled& w, std::size_t part) {
+    const std::size_t block = w.halves ? part : part * kUnit / w.block;
+    return block < w.blocks ? block : w.blocks - 1;
+}
+
+// A few tokens, or one panel (M = 8): codes are unpacked on the way.
 template <int B, bool Table, int M, bool Halves>
 inline void fast_tile(const Tiled& w, std::size_t tile, const Activations& x, std::size_t m, const Corrections& c, float* to) {
-    F total[M];
+    F total[M], block[M];
+    constexpr bool panel = M == int(kPanel);
     const std::int8_t* codes[M];
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int t = 0; t < M; ++t) {
-        total[t] = Lanes::all(0.0f);
-        codes[t] = x.codes + (m + t) * x.units * kUnit;
+        total[t] = block[t] = Lanes::all(0.0f);
+        codes[t] = x.codes + (m + std::size_t(t)) * x.stride;
     }
+    const std::int8_t* side_by_side = x.codes + m * x.stride;
+    const auto place = [&](std::size_t part, int t) __attribute__((always_inline)) {
+        return panel ? m * c.parts + part * kPanel + std::size_t(t) : (m + std::size_t(t)) * c.parts + part;
+    };
     const std::uint8_t* unit = w.data + tile * w.tile_bytes;
     const I table = Lanes::byte_table(w.bytes);
-    const std::size_t first = tile * w.blocks * kRows;
-    const std::size_t per_block = Halves ? 1 : (w.block / kUnit == 0 ? 1 : w.block / kUnit);
-    std::size_t block = 0, left = per_block;
+    const Grid grid(w, tile);
+    const std::size_t per_block = Halves || w.block < kUnit ? 1 : w.block / kUnit;
+    std::size_t at = 0, left = per_block;
     for (std::size_t u = 0; u < w.units; ++u, unit += kLine * B) {
-        __builtin_prefetch(unit + kAhead);
-        if constexpr (B >= 2) __builtin_prefetch(unit + kAhead + 64);
-        if constexpr (B >= 3) __builtin_prefetch(unit + kAhead + 128);
-        if constexpr (B >= 4) __builtin_prefetch(unit + kAhead + 192);
-        if constexpr (B >= 5) __builtin_prefetch(unit + kAhead + 256);
-        if constexpr (B >= 6) __builtin_prefetch(unit + kAhead + 320);
-        if constexpr (B >= 8) {
-            __builtin_prefetch(unit + kAhead + 384);
-            __builtin_prefetch(unit + kAhead + 448);
-        }
+        for (std::size_t ahead = 0; ahead < B; ++ahead) __builtin_prefetch(unit + kAhead + ahead * kLine);
         const auto take = [&](auto line, std::size_t s, I* sums) __attribute__((always_inline)) {
             if constexpr (Table) line = Lanes::look_up(table, line);
-#pragma GCC unroll 12
-            for (int t = 0; t < M; ++t) sums[t] = Lanes::dot(sums[t], line, Lanes::four(codes[t] + u * kUnit + 4 * s));
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t)
+                sums[t] = Lanes::dot(sums[t], line,
+                                     Lanes::four(panel ? side_by_side + ((u * kSteps + s) * kPanel + std::size_t(t)) * 4
+                                                       : codes[t] + u * kUnit + 4 * s));
         };
-        const auto join = [&](I* sums, std::size_t part, std::size_t at) __attribute__((always_inline)) {
-            const F scale = load_parameter(w.scale, w.scale_half, first + at * kRows);
-            F shift = Lanes::all(0.0f);
-            if (w.offset != nullptr) {
-                shift = load_parameter(w.offset, w.offset_half, first + at * kRows);
-                if (w.offset_is_zero) shift = Lanes::sub(Lanes::all(0.0f), Lanes::mul(scale, shift));
-            }
-#pragma GCC unroll 12
-            for (int t = 0; t < M; ++t) {
-                const F scaled = Lanes::mul(Lanes::to_float(sums[t]), Lanes::all(x.scale[(m + t) * x.units + u]));
-                total[t] = Lanes::fma(scaled, scale, total[t]);
-            }
-            if (w.offset != nullptr)
-#pragma GCC unroll 12
-                for (int t = 0; t < M; ++t) total[t] = Lanes::fma(Lanes::all(c.sum[t * c.parts + part]), shift, total[t]);
+        const auto join = [&](I* sums, std::size_t part, std::size_t b) __attribute__((always_inline)) {
+            const F scale = grid.scale(b);
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) block[t] = Lanes::fma(Lanes::to_float(sums[t]), scale, block[t]);
+            if (w.offset == nullptr) return;
+            const F shift = grid.shift(b, scale);
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) block[t] = Lanes::fma(Lanes::all(c.sum[place(part, t)]), shift, block[t]);
         };
         I sums[M];
         const std::size_t part = Halves ? 2 * u : u;
-#pragma GCC unroll 12
-        for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[t * c.parts + part]);
+#pragma GCC unroll 8
+        for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[place(part, t)]);
         take(step<B, 0>(unit), 0, sums);
         take(step<B, 1>(unit), 1, sums);
         take(step<B, 2>(unit), 2, sums);
         take(step<B, 3>(unit), 3, sums);
         if constexpr (Halves) {
-            join(sums, part, part < w.blocks ? part : w.blocks - 1);
-#pragma GCC unroll 12
-            for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[t * c.parts + part + 1]);
+            join(sums, part, block_of(w, part));
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[place(part + 1, t)]);
         }
         take(step<B, 4>(unit), 4, sums);
         take(step<B, 5>(unit), 5, sums);
         take(step<B, 6>(unit), 6, sums);
         take(step<B, 7>(unit), 7, sums);
         if constexpr (Halves) {
-            join(sums, part + 1, part + 1 < w.blocks ? part + 1 : w.blocks - 1);
+            join(sums, part + 1, block_of(w, part + 1));
         } else {
-            join(sums, part, block);
+            join(sums, part, at);
             if (--left == 0) {
                 left = per_block;
-                if (block + 1 < w.blocks) ++block;
+                if (at + 1 < w.blocks) ++at;
+            }
+        }
+        if (u % 2 == 1 || u + 1 == w.units)
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) {
+                const std::size_t at_scale = panel ? m * (x.stride / kBlock) + u / 2 * kPanel + std::size_t(t)
+                                                   : (m + std::size_t(t)) * (x.stride / kBlock) + u / 2;
+                total[t] = Lanes::fma(block[t], Lanes::all(x.scale[at_scale]), total[t]);
+                block[t] = Lanes::all(0.0f);
+            }
+    }
+    const F after = grid.after();
+#pragma GCC unroll 8
+    for (int t = 0; t < M; ++t) Lanes::store(to + t * kRows, Lanes::mul(total[t], after));
+}
+
+// Products of T tiles with some rows of a panel, R of them: T * R sums stay in registers. Two tiles and four rows load less
+// than one tile and eight: a load of four codes serves two products.
+template <int T, int R>
+struct Patch {
+    static constexpr int kSums = T * R;
+    const std::uint8_t* bytes;  // of the first tile, [units][8][64]
+    std::size_t apart;          // bytes from tile to tile
+    const std::int8_t* codes;   // of the first row
+
+    // sums[T * R] += Steps steps from `first` on.
+    template <int Steps>
+    inline __attribute__((always_inline)) void multiply(std::size_t first, I* sums) const {
+        const std::uint8_t* line = bytes + first * kLine;
+        const std::int8_t* four = codes + first * 4 * kPanel;
+#pragma GCC unroll 8
+        for (std::size_t i = 0; i < Steps; ++i) {
+            I lines[T];
+#pragma GCC unroll 2
+            for (int j = 0; j < T; ++j) lines[j] = Lanes::line(line + i * kLine + std::size_t(j) * apart);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                const I x = Lanes::four(four + (i * kPanel + std::size_t(r)) * 4);
+#pragma GCC unroll 2
+                for (int j = 0; j < T; ++j) sums[j * R + r] = Lanes::dot(sums[j * R + r], lines[j], x);
             }
         }
     }
-    const F after = Lanes::all(Table ? w.byte_step : 1.0f);
-#pragma GCC unroll 12
-    for (int t = 0; t < M; ++t) Lanes::store(to + t * kRows, Table ? Lanes::mul(total[t], after) : total[t]);
+};
+
+// T tiles from `tile` on, unpacked to bytes once for all panels, against rows [row, row + R) of the panel that begins at m.
+// to [T][8][16].
+template <bool Row, bool Halves, int T, int R>
+inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* bytes, const Activations& x, std::size_t m,
+                       std::size_t row, const Corrections& c, float* to) {
+    constexpr int kSums = T * R;
+    constexpr int steps = Halves ? 4 : 8;
+    const std::size_t parts = c.parts, per_block = Halves ? 4 : 2;
+    const Patch<T, R> patch = {bytes, w.units * kSteps * kLine, x.codes + m * x.stride + row * 4};
+    const float* scales = x.scale + m * (x.stride / kBlock) + row;
+    const std::int32_t* start = c.integer + m * parts + row;
+    const float* codes_sum = c.sum + m * parts + row;
+    const Grid grid(w, tile), second(w, tile + T - 1);
+    const std::size_t share = Halves || w.block < kUnit ? 1 : w.block / kUnit;  // parts that share a scale
+    std::size_t at = 0, left = share;
+    F scale[T], shift[T], total[kSums];
+    for (int j = 0; j < T; ++j) scale[j] = shift[j] = Lanes::all(0.0f);
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i) total[i] = Lanes::all(0.0f);
+    for (std::size_t part = 0; part < parts; part += per_block, scales += kPanel) {
+        const std::size_t end = parts - part < per_block ? parts : part + per_block;
+        I sums[kSums];
+        if (Row && w.offset == nullptr) {  // whole blocks as integers: the same numbers, fewer steps
+            // The correction of the second unit was added to that of the first.
+#pragma GCC unroll 8
+            for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(start[part * kPanel + std::size_t(i % R)]);
+            for (std::size_t p = part; p < end; ++p) patch.template multiply<steps>(p * steps, sums);
+#pragma GCC unroll 8
+            for (int i = 0; i < kSums; ++i) total[i] = Lanes::fma(Lanes::to_float(sums[i]), Lanes::all(scales[i % R]), total[i]);
+            continue;
+        }
+        F block[kSums];
+#pragma GCC unroll 8
+        for (int i = 0; i < kSums; ++i) block[i] = Lanes::all(0.0f);
+        for (std::size_t p = part; p < end; ++p) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(start[p * kPanel + std::size_t(i % R)]);
+            patch.template multiply<steps>(p * steps, sums);
+            if (left == share) {
+                scale[0] = grid.scale(at);
+                scale[T - 1] = second.scale(at);
+                if (w.offset != nullptr) {
+                    shift[0] = grid.shift(at, scale[0]);
+                    shift[T - 1] = second.shift(at, scale[T - 1]);
+                }
+            }
+            if (--left == 0 && at + 1 < w.blocks) {
+                ++at;
+                left = share;
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < kSums; ++i) block[i] = Lanes::fma(Lanes::to_float(sums[i]), scale[i / R], block[i]);
+            if (w.offset != nullptr)
+#pragma GCC unroll 8
+                for (int i = 0; i < kSums; ++i)
+                    block[i] = Lanes::fma(Lanes::all(codes_sum[p * kPanel + std::size_t(i % R)]), shift[i / R], block[i]);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kSums; ++i) total[i] = Lanes::fma(block[i], Lanes::all(scales[i % R]), total[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+        Lanes::store(to + (std::size_t(i / R) * kPanel + row + std::size_t(i % R)) * kRows,
+                     Lanes::mul(total[i], i / R == 0 ? grid.after() : second.after()));
 }
 
-template <int M>
-inline void corrections(const Tiled& w, const Activations& x, std::size_t m, Corrections& c) {
-    const std::int32_t base = w.table ? 128 : w.base;
-    c.parts = w.halves ? 2 * w.units : w.units;
-    for (int t = 0; t < M; ++t)
-        for (std::size_t p = 0; p < c.parts; ++p) {
-            const std::int32_t* sums = x.sums + (m + t) * x.units * 2;
-            const std::int32_t sum = w.halves ? sums[p] : sums[2 * p] + sums[2 * p + 1];
-            const float scale = x.scale[(m + t) * x.units + (w.halves ? p / 2 : p)];
-            c.integer[t * c.parts + p] = -base * sum;
-            c.sum[t * c.parts + p] = scale * static_cast<float>(sum);
+// The bytes of one tile: codes, or a table's rounded levels.
+static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
+    const std::uint8_t* unit = w.data + tile * w.tile_bytes;
+    const I table = Lanes::byte_table(w.bytes);
+    with_plane_bits(w.bits, [&]<int B>() {
+        for (std::size_t u = 0; u < w.units; ++u, unit += kLine * B, to += kSteps * kLine) {
+            for (std::size_t ahead = 0; ahead < B; ++ahead) __builtin_prefetch(unit + kAhead + ahead * kLine);
+            unit_codes<B>(unit, to);
+            if (w.table)
+                for (std::size_t s = 0; s < kSteps; ++s)
+                    Lanes::store_line(to + s * kLine, Lanes::look_up(table, Lanes::line(to + s * kLine)));
         }
+    });
+}
+
+// Rows are counted in whole panels where the codes lie so.
+static Corrections corrections(const Tiled& w, const Activations& x, void* scratch) {
+    const std::int32_t base = w.table ? 128 : w.base;
+    const std::size_t parts = w.halves ? 2 * w.units : w.units, each = in_panels(x.count) ? kPanel : 1;
+    const std::size_t rows = (x.count + each - 1) / each * each;
+    Corrections c = {static_cast<std::int32_t*>(scratch), nullptr, parts};
+    c.sum = reinterpret_cast<float*>(c.integer + rows * parts);
+    for (std::size_t m = 0; m < rows; m += each)
+        for (std::size_t p = 0; p < parts; ++p) {
+            const std::int32_t* sums = x.sums + m * (x.stride / 16) + (w.halves ? p : 2 * p) * each;
+            const std::size_t at = m * parts + p * each;
+            for (std::size_t t = 0; t < each; ++t) {
+                const std::int32_t sum = w.halves ? sums[t] : sums[t] + sums[each + t];
+                c.integer[at + t] = -base * sum;
+                if (w.offset != nullptr) c.sum[at + t] = static_cast<float>(sum);
+            }
+        }
+    // Several panels sum whole blocks of two units as integers where one scale serves the row.
+    if (in_panels(x.count) && (x.count > kPanel || Lanes::kTokens < 4) && scaled_by_row(w) && w.offset == nullptr)
+        for (std::size_t m = 0; m < rows; m += each)
+            for (std::size_t p = 0; p + 1 < parts; p += 2)
+                for (std::size_t t = 0; t < each; ++t) c.integer[m * parts + p * each + t] += c.integer[m * parts + (p + 1) * each + t];
+    return c;
 }
 
 // ---- exact: float products --------------------------------------------------------------------------------------------
@@ -154,10 +309,10 @@ inline void exact_tile(const Tiled& w, std::size_t tile, const Activations& x, s
     alignas(64) float scratch[kUnit * kRows];
     F even[M], odd[M];
     const float* values[M];
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int t = 0; t < M; ++t) {
         even[t] = odd[t] = Lanes::all(0.0f);
-        values[t] = x.values + (m + t) * x.units * kUnit;
+        values[t] = x.values + (m + t) * x.stride;
     }
     for (std::size_t u = 0; u < w.units; ++u) {
         const float* column = unit_values(w, tile, u, scratch);
@@ -168,7 +323,7 @@ inline void exact_tile(const Tiled& w, std::size_t tile, const Activations& x, s
             __builtin_prefetch(column + k * kRows + kAhead / 4);
             __builtin_prefetch(column + k * kRows + kAhead / 4 + 16);
             const F a = Lanes::load(column + k * kRows), b = Lanes::load(column + k * kRows + kRows);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
             for (int t = 0; t < M; ++t) {
                 even[t] = Lanes::fma(a, Lanes::all(values[t][begin + k]), even[t]);
                 odd[t] = Lanes::fma(b, Lanes::all(values[t][begin + k + 1]), odd[t]);
@@ -176,11 +331,11 @@ inline void exact_tile(const Tiled& w, std::size_t tile, const Activations& x, s
         }
         if (k < count) {
             const F a = Lanes::load(column + k * kRows);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
             for (int t = 0; t < M; ++t) even[t] = Lanes::fma(a, Lanes::all(values[t][begin + k]), even[t]);
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int t = 0; t < M; ++t) Lanes::store(to + t * kRows, Lanes::add(even[t], odd[t]));
 }
 
@@ -201,26 +356,22 @@ inline void put(const Output& out, std::size_t row, std::size_t count, std::size
 
 template <int B, bool Table, int M>
 inline void fast_tiles(const Tiled& w, const Activations& x, std::size_t m, const Output& out, std::size_t first,
-                       std::size_t last, Corrections& c) {
+                       std::size_t last, const Corrections& c) {
     alignas(64) float sums[M * kRows];
+    const int tokens = x.count - m < std::size_t(M) ? int(x.count - m) : M;
     for (std::size_t tile = first; tile < last; ++tile) {
-        if constexpr (M <= 4) {  // few formats have blocks of 16: they do without the wide groups
-            if (w.halves)
-                fast_tile<B, Table, M, true>(w, tile, x, m, c, sums);
-            else
-                fast_tile<B, Table, M, false>(w, tile, x, m, c, sums);
-        } else {
+        if (w.halves)
+            fast_tile<B, Table, M, true>(w, tile, x, m, c, sums);
+        else
             fast_tile<B, Table, M, false>(w, tile, x, m, c, sums);
-        }
         const std::size_t row = tile * kRows;
-        put(out, row, w.rows - row < kRows ? w.rows - row : kRows, m, sums, M);
+        put(out, row, w.rows - row < kRows ? w.rows - row : kRows, m, sums, tokens);
     }
 }
 
 template <int M>
 static void fast_group(const Tiled& w, const Activations& x, std::size_t m, const Output& out, std::size_t first,
-                       std::size_t last, Corrections& c) {
-    corrections<M>(w, x, m, c);
+                       std::size_t last, const Corrections& c) {
     if (w.table) return fast_tiles<4, true, M>(w, x, m, out, first, last, c);
     switch (w.bits) {
         case 2: return fast_tiles<2, false, M>(w, x, m, out, first, last, c);
@@ -230,6 +381,31 @@ static void fast_group(const Tiled& w, const Activations& x, std::size_t m, cons
         case 6: return fast_tiles<6, false, M>(w, x, m, out, first, last, c);
         case 7: return fast_tiles<7, false, M>(w, x, m, out, first, last, c);
         default: return fast_tiles<8, false, M>(w, x, m, out, first, last, c);
+    }
+}
+
+// All panels against tiles [first, last), which lie unpacked in `bytes`.
+template <bool Row, bool Halves>
+static void panels(const Tiled& w, const std::uint8_t* bytes, const Activations& x, const Output& out, std::size_t first,
+                   std::size_t last, const Corrections& c) {
+    constexpr int tiles = Lanes::kTokens >= 8 ? 2 : 1, rows = Lanes::kTokens >= 8 ? 4 : Lanes::kTokens;
+    alignas(64) float sums[tiles * kPanel * kRows];
+    for (std::size_t m = 0; m < x.count; m += kPanel) {
+        const std::size_t tokens = x.count - m < kPanel ? x.count - m : kPanel;
+        for (std::size_t tile = first; tile < last;) {
+            const std::uint8_t* at = bytes + (tile - first) * w.units * kSteps * kLine;
+            const std::size_t together = last - tile < tiles ? 1 : tiles;
+            for (std::size_t row = 0; row < tokens; row += rows) {
+                if (together == tiles)
+                    panel_tile<Row, Halves, tiles, rows>(w, tile, at, x, m, row, c, sums);
+                else
+                    panel_tile<Row, Halves, 1, rows>(w, tile, at, x, m, row, c, sums);
+            }
+            for (std::size_t i = 0; i < together; ++i, ++tile) {
+                const std::size_t row = tile * kRows;
+                put(out, row, w.rows - row < kRows ? w.rows - row : kRows, m, sums + i * kPanel * kRows, int(tokens));
+            }
+        }
     }
 }
 
@@ -247,31 +423,38 @@ static void exact_group(const Tiled& w, const Activations& x, std::size_t m, con
 // Tiles [first, last) for all tokens. fast needs a weight of codes and x.codes; scratch: product_scratch(w) bytes.
 static void product(const Tiled& w, const Activations& x, const Output& out, std::size_t first, std::size_t last, bool fast,
                     void* scratch) {
-    Corrections c;
-    c.parts = 0;
-    c.integer = static_cast<std::int32_t*>(scratch);
-    c.sum = reinterpret_cast<float*>(c.integer + kMostTokens * 2 * w.units);
-    // So many tiles that they stay in the second cache while one group of tokens after the other meets them.
+    if (fast && in_panels(x.count)) {
+        const Corrections c = corrections(w, x, scratch);
+        if (Lanes::kTokens >= 4 && x.count <= kPanel) return fast_group<Lanes::kTokens >= 4 ? 8 : 1>(w, x, 0, out, first, last, c);
+        // So many tiles that they stay in the second cache while one panel after the other meets them.
+        const std::size_t tile_bytes = w.units * kSteps * kLine, chunk = tile_bytes > kKept ? 1 : kKept / tile_bytes;
+        auto* bytes = static_cast<std::uint8_t*>(scratch) + correction_bytes(w, x.count);
+        for (std::size_t begin = first; begin < last; begin += chunk) {
+            const std::size_t end = last - begin < chunk ? last : begin + chunk;
+            for (std::size_t tile = begin; tile < end; ++tile) widen(w, tile, bytes + (tile - begin) * tile_bytes);
+            if (scaled_by_row(w))
+                panels<true, false>(w, bytes, x, out, begin, end, c);
+            else if (w.halves)
+                panels<false, true>(w, bytes, x, out, begin, end, c);
+            else
+                panels<false, false>(w, bytes, x, out, begin, end, c);
+        }
+        return;
+    }
+    if (fast) {
+        const Corrections c = corrections(w, x, scratch);
+        if (Lanes::kTokens >= 4 && x.count == 4) return fast_group<4>(w, x, 0, out, first, last, c);
+        for (std::size_t m = 0; m < x.count; ++m) fast_group<1>(w, x, m, out, first, last, c);
+        return;
+    }
     const std::size_t chunk = w.tile_bytes == 0 || w.tile_bytes > kKept ? 1 : kKept / w.tile_bytes;
     for (std::size_t begin = first; begin < last; begin += chunk) {
         const std::size_t end = last - begin < chunk ? last : begin + chunk;
         std::size_t m = 0;
-        if (fast) {
-            if constexpr (Lanes::kTokens >= 12) {
-                for (; m + 12 <= x.count && !w.halves; m += 12) fast_group<12>(w, x, m, out, begin, end, c);
-                for (; m + 8 <= x.count && !w.halves; m += 8) fast_group<8>(w, x, m, out, begin, end, c);
-            }
-            if constexpr (Lanes::kTokens >= 4)
-                for (; m + 4 <= x.count; m += 4) fast_group<4>(w, x, m, out, begin, end, c);
-            if constexpr (Lanes::kTokens == 2)
-                for (; m + 2 <= x.count; m += 2) fast_group<2>(w, x, m, out, begin, end, c);
-            for (; m < x.count; ++m) fast_group<1>(w, x, m, out, begin, end, c);
-        } else {
-            if constexpr (Lanes::kTokens >= 12)
-                for (; m + 12 <= x.count; m += 12) exact_group<12>(w, x, m, out, begin, end);
-            if constexpr (Lanes::kTokens >= 2)
-                for (; m + 4 <= x.count; m += 4) exact_group<4>(w, x, m, out, begin, end);
-            for (; m < x.count; ++m) exact_group<1>(w, x, m, out, begin, end);
-        }
+        if constexpr (Lanes::kTokens >= 8)
+            for (; m + 8 <= x.count; m += 8) exact_group<8>(w, x, m, out, begin, end);
+        if constexpr (Lanes::kTokens >= 4)
+            for (; m + 4 <= x.count; m += 4) exact_group<4>(w, x, m, out, begin, end);
+        for (; m < x.count; ++m) exact_group<1>(w, x, m, out, begin, end);
     }
 }

@@ -1,28 +1,38 @@
 // Operations on one row of activations: norms, quantization to int8. Included once per instruction set, after body_math.
 
-// int8 codes of one row [K] in blocks of 32: scale = absmax / 127, code = nearest(x * (127 / absmax)), ties to even. A block
-// of zeros (or below 1e-30) has scale 0. A block with a value that is not finite has scale NaN, so that it shows.
-static void quantize_row(const float* x, std::size_t columns, std::size_t units, std::int8_t* codes, float* scale,
-                         std::int32_t* sums) {
-    for (std::size_t u = 0; u < units; ++u) {
-        const std::size_t begin = u * kUnit, count = columns - begin < kUnit ? columns - begin : kUnit;
-        const F a = load_some(x + begin, count), b = count > 16 ? load_some(x + begin + 16, count - 16) : Lanes::all(0.0f);
-        const float top = largest(Lanes::max(Lanes::abs(a), Lanes::abs(b)));
-        const float zero = fold(Lanes::fma(a, Lanes::all(0.0f), Lanes::mul(b, Lanes::all(0.0f))));  // NaN: not all finite
-        const bool some = top > 1e-30f && zero == 0.0f;
-        scale[u] = zero == 0.0f ? (some ? top / 127.0f : 0.0f) : zero - zero;
-        const F inverse = Lanes::all(some ? 127.0f / top : 0.0f);
-        I first = Lanes::to_whole(Lanes::mul(a, inverse)), second = Lanes::to_whole(Lanes::mul(b, inverse));
-        if (zero != 0.0f) first = second = Lanes::whole(0);
-        Lanes::store_bytes(codes + begin, first);
-        Lanes::store_bytes(codes + begin + 16, second);
-        alignas(64) std::int32_t at[32];
-        Lanes::store_line(at, first);
-        Lanes::store_line(at + 16, second);
-        std::int32_t low = 0, high = 0;
-        for (int i = 0; i < 16; ++i) low += at[i], high += at[16 + i];
-        sums[2 * u] = low;
-        sums[2 * u + 1] = high;
+// int8 codes of one row [K] in blocks of 64: scale = absmax / 127, code = nearest(x * (127 / absmax)), ties to even. A block
+// of zeros (or below 1e-30) has scale 0. A block with a value that is not finite has scale NaN, so that it shows. codes has
+// room for whole blocks, sums is one for sixteen codes.
+static void quantize_row(const float* x, std::size_t columns, const CodesOut& out) {
+    float* scale = out.scale;
+    std::int32_t* sums = out.sums;
+    for (std::size_t begin = 0; begin < columns; begin += kBlock, scale += out.apart) {
+        F v[4];
+        I top = Lanes::whole(0);  // bits of magnitudes: as whole numbers they order as the floats do, NaN above infinity
+        for (std::size_t i = 0; i < 4; ++i) {
+            const std::size_t at = begin + 16 * i;
+            v[i] = at + 16 <= columns ? Lanes::load(x + at) : at < columns ? load_some(x + at, columns - at) : Lanes::all(0.0f);
+            top = Lanes::most(top, Lanes::as_whole(Lanes::abs(v[i])));
+        }
+        const std::int32_t bits = Lanes::largest(top);
+        float most;
+        __builtin_memcpy(&most, &bits, 4);
+        const bool finite = bits < 0x7f800000, some = finite && most > 1e-30f;
+        *scale = finite ? (some ? most / 127.0f : 0.0f) : __builtin_nanf("");
+        const F inverse = Lanes::all(some ? 127.0f / most : 0.0f);
+        for (std::size_t i = 0; i < 4; ++i) {
+            const I code = finite ? Lanes::to_whole(Lanes::mul(v[i], inverse)) : Lanes::whole(0);
+            *sums = Lanes::total(code);
+            sums += out.apart;
+            std::int8_t* to = out.codes + (begin + 16 * i) * out.apart;
+            if (out.apart == 1) {
+                Lanes::store_bytes(to, code);
+                continue;
+            }
+            std::int8_t codes[16];
+            Lanes::store_bytes(codes, code);
+            for (std::size_t s = 0; s < 4; ++s) __builtin_memcpy(to + s * 4 * kPanel, codes + 4 * s, 4);
+        }
     }
 }
 

@@ -43,9 +43,6 @@ struct Weight {
 inline constexpr std::size_t kAhead = 2048;
 // Bytes of weights that stay near while groups of tokens pass over them.
 inline constexpr std::size_t kKept = 131072;
-// The most tokens that a product keeps in registers, of all instruction sets.
-inline constexpr std::size_t kMostTokens = 12;
-
 struct Kernels {
     const char* name;
     void (*pack)(const std::uint8_t* codes, std::uint8_t* packed, std::size_t rows, std::size_t columns, int bits);
@@ -62,8 +59,7 @@ struct Kernels {
     // out for the rows of tiles [first, last) and every token of x. fast: integer products. scratch: product_scratch.
     void (*product)(const Tiled&, const Activations& x, const Output& out, std::size_t first, std::size_t last, bool fast,
                     void* scratch);
-    void (*quantize_row)(const float* x, std::size_t columns, std::size_t units, std::int8_t* codes, float* scale,
-                         std::int32_t* sums);
+    void (*quantize_row)(const float* x, std::size_t columns, const CodesOut& out);
     void (*norm_row)(const float* x, std::size_t columns, const NormOf& norm, float* y);
     std::size_t (*best_of)(const float* x, std::size_t count);
     void (*append)(const CacheHead& cache, std::size_t position, const float* key, const float* value);
@@ -72,7 +68,14 @@ struct Kernels {
     void (*activate_row)(float* x, std::size_t count, Activation kind);
 };
 
-inline std::size_t product_scratch(const Tiled& w) { return kMostTokens * 2 * w.units * 8 + 64; }
+// Scratch of a product with so many rows of x: corrections, and for panels some tiles unpacked to bytes.
+inline std::size_t correction_bytes(const Tiled& w, std::size_t rows) {
+    return ((rows + kPanel) * w.units * 2 * 8 + 63) / 64 * 64;
+}
+inline std::size_t product_scratch(const Tiled& w, std::size_t rows) {
+    const std::size_t tile = w.units * kSteps * kLine;
+    return correction_bytes(w, rows) + (tile > kKept ? tile : kKept) + 64;
+}
 
 extern const Kernels kScalar;
 #ifdef NYBBLE_X86

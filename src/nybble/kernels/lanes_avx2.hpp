@@ -2,7 +2,7 @@
 // What each operation means is said once, in lanes_scalar.hpp.
 
 struct Lanes {
-    static constexpr int kTokens = 2;  // 16 registers: two a sum
+    static constexpr int kTokens = 1;  // rows of x that meet a weight together outside panels: 16 registers, two a sum
     struct F {
         __m256 low, high;
     };
@@ -76,6 +76,20 @@ struct Lanes {
     }
     static inline I plus(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
     static inline I minus(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+    static inline I as_whole(F a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+    static inline I most(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
+    static inline std::int32_t largest(I a) {
+        const __m256i eight = _mm256_max_epi32(a.low, a.high);
+        const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+        const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    }
+    static inline std::int32_t total(I a) {
+        const __m256i eight = _mm256_add_epi32(a.low, a.high);
+        const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+        const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    }
     static inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
     static inline I to_whole(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
     static inline F as_float(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }

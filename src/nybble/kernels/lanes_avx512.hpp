@@ -3,7 +3,7 @@
 
 struct Lanes {
 #ifdef NYBBLE_VNNI
-    static constexpr int kTokens = 12;  // tokens a product keeps in registers: 12 integer and 12 float sums of 32
+    static constexpr int kTokens = 8;  // tokens a product keeps in registers: 8 sums of integers, of a block and of the row, of 32
 #else
     static constexpr int kTokens = 4;
 #endif
@@ -55,6 +55,10 @@ struct Lanes {
     }
     static inline I plus(I a, I b) { return _mm512_add_epi32(a, b); }
     static inline I minus(I a, I b) { return _mm512_sub_epi32(a, b); }
+    static inline I as_whole(F a) { return _mm512_castps_si512(a); }
+    static inline I most(I a, I b) { return _mm512_max_epi32(a, b); }
+    static inline std::int32_t largest(I a) { return _mm512_reduce_max_epi32(a); }
+    static inline std::int32_t total(I a) { return _mm512_reduce_add_epi32(a); }
     static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static inline I to_whole(F a) { return _mm512_cvtps_epi32(a); }
     static inline F as_float(I a) { return _mm512_castsi512_ps(a); }

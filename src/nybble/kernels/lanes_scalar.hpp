@@ -101,6 +101,24 @@ struct Lanes {
     static inline I minus(I a, I b) {
         return make<I>([&](int i) { return std::int32_t(std::uint32_t(a.at[i]) - std::uint32_t(b.at[i])); });
     }
+    static inline I as_whole(F a) {  // the bits
+        I out;
+        __builtin_memcpy(out.at, a.at, 64);
+        return out;
+    }
+    static inline I most(I a, I b) {
+        return make<I>([&](int i) { return a.at[i] > b.at[i] ? a.at[i] : b.at[i]; });
+    }
+    static inline std::int32_t largest(I a) {
+        std::int32_t out = a.at[0];
+        for (int i = 1; i < 16; ++i) out = a.at[i] > out ? a.at[i] : out;
+        return out;
+    }
+    static inline std::int32_t total(I a) {
+        std::int32_t sum = 0;
+        for (int i = 0; i < 16; ++i) sum += a.at[i];
+        return sum;
+    }
     static inline F to_float(I a) {
         return make<F>([&](int i) { return static_cast<float>(a.at[i]); });
     }

@@ -25,7 +25,8 @@
 namespace nybble {
 
 inline constexpr std::size_t kRows = 16;   // rows of a tile
-inline constexpr std::size_t kUnit = 32;   // columns of a unit; also the block of quantized activations
+inline constexpr std::size_t kUnit = 32;   // columns of a unit
+inline constexpr std::size_t kBlock = 64;  // columns of a block of quantized activations
 inline constexpr std::size_t kSteps = 8;   // steps of a unit
 inline constexpr std::size_t kLine = 64;   // bytes of a line
 
@@ -52,14 +53,38 @@ struct Tiled {
     float byte_step = 1.0f;
 };
 
-// x [M, K] for the products, filled up with zeros to whole units. Which of the two forms is there depends on the mode.
+// x [M, K] for the products, filled up with zeros. Which of the two forms is there depends on the mode.
+//
+// Codes of up to four rows lie row by row; those of more in panels of eight rows, [panels][stride / 4][8][4]: the four codes
+// of a step for eight rows side by side, so that one pointer reaches all. Scales and sums are [panels][..][8] likewise.
 struct Activations {
     std::size_t count = 0;             // M
-    std::size_t units = 0;
-    const float* values = nullptr;     // [M, units * 32]
-    const std::int8_t* codes = nullptr;  // [M, units * 32]
-    const float* scale = nullptr;      // [M, units]
-    const std::int32_t* sums = nullptr;  // [M, units * 2]: sums of the codes of each half unit
+    std::size_t stride = 0;            // values from row to row, a multiple of 64
+    const float* values = nullptr;     // [M, stride]
+    const std::int8_t* codes = nullptr;  // [M, stride]
+    const float* scale = nullptr;      // [M, stride / 64]
+    const std::int32_t* sums = nullptr;  // [M, stride / 16]: sums of sixteen codes each
+};
+
+inline constexpr std::size_t kPanel = 8;
+inline bool in_panels(std::size_t rows) { return rows > 4; }
+
+// Where the codes of one row go.
+struct CodesOut {
+    std::int8_t* codes;
+    float* scale;
+    std::int32_t* sums;
+    std::size_t apart;  // rows side by side: 1, or 8 in a panel
+    // Row m of `rows` of the arrays that Activations describes.
+    CodesOut(std::int8_t* c, float* f, std::int32_t* s, std::size_t stride, std::size_t rows, std::size_t m)
+        : codes(c + m * stride), scale(f + m * (stride / kBlock)), sums(s + m * (stride / 16)), apart(1) {
+        if (!in_panels(rows)) return;
+        const std::size_t panel = m / kPanel * kPanel, lane = m % kPanel;
+        codes = c + panel * stride + 4 * lane;
+        scale = f + panel * (stride / kBlock) + lane;
+        sums = s + panel * (stride / 16) + lane;
+        apart = kPanel;
+    }
 };
 
 enum class Activation : std::uint8_t { none, gelu, gelu_tanh, gelu_quick, silu, relu };

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.kernels.arguments import UNIT, Bytes, Floats, Packed, Parameter
+from nybble.kernels.arguments import BLOCK, Bytes, Floats, Packed, Parameter
 
 
 def pack(codes: Bytes, out: Bytes, bits: int) -> None:
@@ -62,11 +62,11 @@ def gather(rows: NDArray[np.int64], weight: Packed, out: Floats) -> None:
 
 
 def quantize_activations(x: Floats, codes: NDArray[np.int8], scale: Floats) -> None:
-    """Write the int8 codes [M, units * 32] of x [M, K] and their scales [M, units]."""
-    rows, units = scale.shape
-    blocks = np.zeros((rows, units * UNIT), dtype=np.float32)
+    """Write the int8 codes [M, blocks * 64] of x [M, K] and their scales [M, blocks]."""
+    rows, count = scale.shape
+    blocks = np.zeros((rows, count * BLOCK), dtype=np.float32)
     blocks[:, : x.shape[1]] = x
-    blocks = blocks.reshape(rows, units, UNIT)
+    blocks = blocks.reshape(rows, count, BLOCK)
     finite = np.isfinite(blocks).all(-1)
     top = np.where(finite, np.abs(np.where(np.isfinite(blocks), blocks, 0)).max(-1), 0).astype(np.float32)
     some = top > np.float32(1e-30)
@@ -152,8 +152,8 @@ class Laid:
 
 def _fast(x: Floats, weight: Packed) -> NDArray[np.float64]:
     """Products of int8 activations with codes: whole numbers within a block, float64 from block to block."""
-    rows, units = x.shape[0], -(-weight.columns // UNIT)
-    codes, scale = np.zeros((rows, units * UNIT), dtype=np.int8), np.zeros((rows, units), dtype=np.float32)
+    rows, count = x.shape[0], -(-weight.columns // BLOCK)
+    codes, scale = np.zeros((rows, count * BLOCK), dtype=np.int8), np.zeros((rows, count), dtype=np.float32)
     quantize_activations(x, codes, scale)
     stored = np.empty((weight.packed.shape[0], weight.columns), dtype=np.uint8)
     unpack(weight.packed, stored, weight.bits)
@@ -164,7 +164,7 @@ def _fast(x: Floats, weight: Packed) -> NDArray[np.float64]:
         numbers = table[stored]
     offset = np.zeros((1, 1)) if weight.offset is None else _spread(weight.offset, weight, slice(None)).astype(np.float64)
     values = (numbers * float(step) - offset) * _spread(weight.scale, weight, slice(None)).astype(np.float64)
-    wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), UNIT, axis=1)
+    wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), BLOCK, axis=1)
     product: NDArray[np.float64] = wide[:, : weight.columns] @ values.T
     return product
 

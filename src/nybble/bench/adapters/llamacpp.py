@@ -65,7 +65,7 @@ class LlamaCppAdapter(Adapter):
 
 
 class LlamaCpp(Runtime):
-    """One model and a context for each number of sequences that was asked for."""
+    """One model, and a context for as many sequences as were asked for last."""
 
     def __init__(self, path: Path, threads: int) -> None:
         self._llama, self._numpy = _library(), importlib.import_module("numpy")
@@ -74,10 +74,11 @@ class LlamaCpp(Runtime):
         if not self._model:
             raise MeasureError(f"llama.cpp cannot load {path.name}")
         self._vocabulary = self._llama.llama_vocab_n_tokens(self._llama.llama_model_get_vocab(self._model))
-        self._contexts: dict[int, tuple[int, Any]] = {}
+        self._context: Any = None
+        self._rows, self._room = 0, 0
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-        context = self._context(len(prompts), len(prompts[0]) + new_tokens)
+        context = self._empty_context(len(prompts), len(prompts[0]) + new_tokens)
         rows, start = prompts, 0
         done: list[list[int]] = [[] for _ in prompts]
         for _ in range(new_tokens):
@@ -89,26 +90,24 @@ class LlamaCpp(Runtime):
         return done
 
     def prefill(self, ids: list[int]) -> None:
-        self._step(self._context(1, len(ids)), [ids], 0)
+        self._step(self._empty_context(1, len(ids)), [ids], 0)
 
-    def _context(self, rows: int, tokens: int) -> Any:
+    def _empty_context(self, rows: int, tokens: int) -> Any:
         """A context for `rows` sequences of `tokens` positions, its cache empty."""
         llama = self._llama
-        room, context = self._contexts.get(rows, (0, None))
-        if room < tokens:
-            if context is not None:
-                llama.llama_free(context)
-            room = -(-tokens // CELLS) * CELLS
+        if rows != self._rows or tokens > self._room:
+            if self._context:
+                llama.llama_free(self._context)
+            self._rows, self._room = rows, -(-tokens // CELLS) * CELLS
             settings = llama.llama_context_default_params()
-            settings.n_ctx, settings.n_seq_max = rows * room, rows
-            settings.n_batch = settings.n_ubatch = max(room, rows * CELLS // 4)
+            settings.n_ctx, settings.n_seq_max = rows * self._room, rows
+            settings.n_batch = settings.n_ubatch = max(self._room, rows * CELLS // 4)
             settings.n_threads = settings.n_threads_batch = self._threads
-            context = llama.llama_init_from_model(self._model, settings)
-            if not context:
-                raise MeasureError(f"llama.cpp made no context for {rows} sequences of {room} tokens")
-            self._contexts[rows] = room, context
-        llama.llama_memory_clear(llama.llama_get_memory(context), False)
-        return context
+            self._context = llama.llama_init_from_model(self._model, settings)
+            if not self._context:
+                raise MeasureError(f"llama.cpp made no context for {rows} sequences of {self._room} tokens")
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), False)
+        return self._context
 
     def _step(self, context: Any, rows: list[list[int]], start: int) -> list[int]:
         """Run rows[i] from position `start` on; the likeliest next token of each row."""
