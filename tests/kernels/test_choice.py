@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from subprocess import CompletedProcess
 from types import ModuleType
 
 import numpy as np
@@ -14,25 +14,19 @@ import pytest
 from nybble import kernels
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "NYBBLE_KERNELS"}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, timeout=120
-    )
-
-
+Python = Callable[..., CompletedProcess[str]]
 SHOW = "from nybble import kernels; print(kernels.instruction_set(), kernels.native_available())"
 
 
-def test_the_environment_chooses(instruction_set: str) -> None:
+def test_the_environment_chooses(instruction_set: str, python: Python) -> None:
     assert python(SHOW, NYBBLE_KERNELS=instruction_set).stdout == f"{instruction_set} True\n"
 
 
-def test_the_best_one_is_the_default(native: ModuleType) -> None:
+def test_the_best_one_is_the_default(native: ModuleType, python: Python) -> None:
     assert python(SHOW).stdout == f"{native.instruction_sets()[-1]} True\n"
 
 
-def test_the_reference_can_be_chosen_and_computes() -> None:
+def test_the_reference_can_be_chosen_and_computes(python: Python) -> None:
     code = """
 import numpy as np
 from nybble import kernels
@@ -42,7 +36,10 @@ arguments = (packed, 4, 3, np.arange(8, dtype=np.float32), 2, np.full((2, 2), 0.
 assert (kernels.unpack(packed, 4, 3) == codes).all()
 assert kernels.decode(*arguments).tolist() == [[0, 0.5, 1, 1.5], [2, 2.5, 3, 3.5]]
 assert kernels.gather(np.array([1]), *arguments).tolist() == [[2, 2.5, 3, 3.5]]
-assert kernels.matmul(np.ones((1, 4), dtype=np.float32), *arguments, threads=2).tolist() == [[3, 11]]
+laid = kernels.lay(*arguments, threads=2)
+x = np.full((1, 4), 127, dtype=np.float32)
+assert kernels.product(x, laid, threads=2).tolist() == kernels.product(x, laid, exact=False).tolist() == [[381, 1397]]
+assert kernels.rows_of(laid, np.array([1])).tolist() == [[2, 2.5, 3, 3.5]]
 assert kernels.read_bandwidth(1 << 20) > 0
 print(kernels.instruction_set(), kernels.native_available())
 """
@@ -50,19 +47,19 @@ print(kernels.instruction_set(), kernels.native_available())
     assert (done.stdout, done.stderr) == ("reference False\n", "")
 
 
-def test_without_the_extension_numpy_does_the_work() -> None:
+def test_without_the_extension_numpy_does_the_work(python: Python) -> None:
     hide = "import sys; sys.modules['nybble.kernels._native'] = None; "
     assert python(hide + SHOW).stdout == "reference False\n"
     asked = python(hide + SHOW, NYBBLE_KERNELS="scalar")
     assert "NYBBLE_KERNELS=scalar needs the C++ extension" in asked.stderr
 
 
-def test_an_unknown_name_is_a_usage_error() -> None:
+def test_an_unknown_name_is_a_usage_error(python: Python) -> None:
     done = python(SHOW, NYBBLE_KERNELS="avx51")
     assert "UsageError: unknown value of NYBBLE_KERNELS 'avx51'; did you mean avx512" in done.stderr
 
 
-def test_torch_is_not_imported() -> None:
+def test_torch_is_not_imported(python: Python) -> None:
     assert python("import sys; from nybble import kernels; print('torch' in sys.modules)").stdout == "False\n"
 
 
@@ -75,14 +72,21 @@ def _weight() -> tuple[object, ...]:
 def test_callers_in_several_threads_get_the_same_answer(native: ModuleType) -> None:
     weight = _weight()
     x = np.random.default_rng(2).normal(size=(2, 128)).astype(np.float32)
-    wanted = kernels.matmul(x, *weight)  # type: ignore[arg-type]
-    with ThreadPoolExecutor(4) as pool:
-        answers = list(pool.map(lambda _: kernels.matmul(x, *weight, threads=2), range(200)))  # type: ignore[arg-type]
-    assert all((answer == wanted).all() for answer in answers)
+    laid = kernels.lay(*weight)  # type: ignore[arg-type]
+    for exact in (True, False):
+        wanted = kernels.product(x, laid, exact)
+
+        def answer(_: int, exact: bool = exact) -> bool:
+            again = kernels.lay(*weight, threads=2)  # type: ignore[arg-type]
+            same = kernels.product(x, laid, exact, threads=2).tobytes(), kernels.product(x, again, exact, threads=2).tobytes()
+            return set(same) == {wanted.tobytes()}
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(answer, range(100)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_makes_its_own_threads(native: ModuleType) -> None:
+def test_a_forked_child_makes_its_own_threads(native: ModuleType, python: Python) -> None:
     code = """
 import os, warnings
 import numpy as np
@@ -91,10 +95,10 @@ warnings.simplefilter("ignore")  # Python 3.12 warns about forking with threads,
 packed = np.full((4096, 64), 0x99, dtype=np.uint8)
 weight = (packed, 128, 4, np.arange(16, dtype=np.float32) - 8, 128, np.ones((1, 1), dtype=np.float32))
 x = np.ones((1, 128), dtype=np.float32)
-assert (kernels.matmul(x, *weight, threads=3) == 128).all()
+assert (kernels.product(x, kernels.lay(*weight, threads=3), threads=3) == 128).all()
 child = os.fork()
 if child == 0:
-    os._exit(0 if (kernels.matmul(x, *weight, threads=3) == 128).all() else 1)
+    os._exit(0 if (kernels.product(x, kernels.lay(*weight, threads=3), threads=3) == 128).all() else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert python(code).stdout == "0\n"

@@ -37,7 +37,7 @@ if sys.argv[1] == "past":
     ctypes.string_at(inside.ctypes.data, 65)
 
 random = np.random.default_rng(0)
-shapes = [(1, 1, 64), (2, 7, 7), (3, 33, 8), (1, 64, 64), (2, 100, 32), (2, 172, 64), (1, 21, 7), (5, 768, 64)]
+shapes = [(1, 1, 64), (2, 7, 7), (3, 33, 8), (16, 64, 64), (17, 96, 32), (2, 172, 64), (1, 21, 7), (5, 768, 64), (18, 44, 16)]
 for bits in range(1, 9):
     for rows, columns, block in shapes:
         codes = random.integers(0, 1 << bits, (rows, columns), dtype=np.uint8)
@@ -53,9 +53,36 @@ for bits in range(1, 9):
             reference.decode(weight, wanted)
             assert (kernels.decode(*weight) == wanted).all()
             assert (kernels.gather(guarded(np.array([rows - 1])), *weight) == wanted[-1:]).all()
-            for count in (1, 2, 5):
+            laid = kernels.lay(*weight, threads=2)
+            found = guarded(np.zeros((rows, columns), dtype=np.float32))
+            laid.gather(guarded(np.arange(rows)), found)
+            assert (found == wanted).all()
+            for count in (1, 2, 5, 9):
                 x = guarded(random.normal(size=(count, columns)).astype(np.float32))
-                assert np.allclose(kernels.matmul(x, *weight, threads=2), x @ wanted.T, rtol=1e-4, atol=1e-4)
+                y = guarded(np.zeros((count, rows), dtype=np.float32))
+                for threads in (1, 2):
+                    laid.product(x, y, True, threads)
+                    assert np.allclose(y, x @ wanted.T, rtol=1e-4, atol=1e-4)
+                    laid.product(x, y, False, threads)
+                steps = -(-columns // 64)
+                if kernels.native():
+                    kernels.native().quantize_activations(
+                        x, guarded(np.zeros((count, 64 * steps), dtype=np.int8)), guarded(np.zeros((count, steps), dtype=np.float32))
+                    )
+            if laid.holds_codes and (len(levels) == 16 or levels[0] == -1):
+                back = [guarded(np.zeros_like(a)) for a in (packed, scale, offset)]
+                laid.restore(*back, 2)
+                assert all((a == b).all() for a, b in zip(back, (packed, scale, offset), strict=True))
+for rows, columns, _ in shapes:
+    values = random.normal(size=(rows, columns)).astype(np.float32)
+    for kind, stored in (("f32", values), ("f16", values.astype(np.float16)), ("bf16", (values.view(np.uint32) >> 16).astype(np.uint16))):
+        for source in (stored, np.ascontiguousarray(stored.T)):
+            laid = kernels.lay_floats(guarded(source), kind, source is not stored, threads=2)
+            for count in (1, 9):
+                x = guarded(random.normal(size=(count, columns)).astype(np.float32))
+                y = guarded(np.zeros((count, rows), dtype=np.float32))
+                laid.product(x, y, True, 2)
+                assert np.allclose(y, x @ values.T, rtol=0.05, atol=0.2)
 print("read", kernels.instruction_set())
 """
 

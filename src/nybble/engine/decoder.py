@@ -89,9 +89,7 @@ class Decoder:
         context = program.context if context is None else _whole("context", context, 1, program.context)
         ends = _end_tokens(checkpoint.folder, checkpoint.config, program.vocabulary)
         runner = make_runner(program, weights, threads, exact, cache)
-        return cls(
-            program, runner, weights, threads=threads, exact=exact, cache=cache, context=context, end_tokens=ends
-        )
+        return cls(program, runner, weights, threads=threads, exact=exact, cache=cache, context=context, end_tokens=ends)
 
     @property
     def weight_bytes(self) -> int:
@@ -155,13 +153,15 @@ class Decoder:
         seed: int = 0,
         stop_tokens: Sequence[int] | None = None,
     ) -> Iterator[int]:
-        """New ids as they come, at most `max_new_tokens`. Temperature 0 takes the likeliest; `sampling.py` says what the others
-        mean. `stop_tokens`: ids that end the text (`end_tokens` unless given; `()` for none).
+        """New ids as they come, at most `max_new_tokens`. Temperature 0 takes the likeliest; `sampling.py` says what the
+        others mean. `stop_tokens`: ids that end the text (`end_tokens` unless given; `()` for none).
 
         Raises InputError when prompt and new tokens exceed the context, UsageError for settings out of range, NumericError
         when logits are not finite.
         """
-        return self._stream(ids, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty), seed, stop_tokens)
+        return self._stream(
+            ids, max_new_tokens, Sampling(temperature, top_k, top_p, min_p, repetition_penalty), seed, stop_tokens
+        )
 
     def generate_batch(
         self,
@@ -224,16 +224,21 @@ class Decoder:
             else:
                 best[0] = row.argmax() if np.isfinite(row).all() else -1
             if best[0] < 0:
-                raise NumericError(f"the logits are not finite; the weights may be broken, or the {self.cache} cache overflows (try f32)")
+                raise self._not_finite()
             return int(best[0])
         history = np.unique(np.concatenate([prompt, np.array(chosen, dtype=np.int64)]))
         u = draw.random()
         if native is None:
             return choose(row, history, how, u)
         if not np.isfinite(row).all():
-            raise NumericError(f"the logits are not finite; the weights may be broken, or the {self.cache} cache overflows (try f32)")
+            raise self._not_finite()
         settings = (how.temperature, how.top_k, how.top_p, how.min_p, how.repetition_penalty)
         return int(native.choose(row, history, *settings, u))
+
+    def _not_finite(self) -> NumericError:
+        return NumericError(
+            f"the logits are not finite; the weights may be broken, or the {self.cache} cache overflows (try f32)"
+        )
 
     def _read(self, texts: list[NDArray[np.int64]]) -> Logits:
         """Run prompts, text i as sequence i; the logits behind the last id of each, [texts, vocabulary]."""
@@ -250,12 +255,10 @@ class Decoder:
 
     def _step(self, tokens: list[int], positions: list[int], sequences: list[int]) -> Logits:
         """One more token of some sequences, ascending: [tokens, vocabulary]."""
-        rows = [np.array(values, dtype=np.int64) for values in (tokens, positions, sequences)]
-        if len(tokens) <= MOST_ROWS:
-            return self._runner.run(*rows, np.arange(len(tokens)))
-        pieces = range(0, len(tokens), MOST_ROWS)
-        parts = [[values[start : start + MOST_ROWS] for values in rows] for start in pieces]
-        return np.concatenate([self._runner.run(*part, np.arange(len(part[0]))) for part in parts])
+        t, p, s = (np.array(values, dtype=np.int64) for values in (tokens, positions, sequences))
+        pieces = [slice(start, start + MOST_ROWS) for start in range(0, len(tokens), MOST_ROWS)]
+        parts = [self._runner.run(t[part], p[part], s[part], np.arange(len(t[part]))) for part in pieces]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _make_room(self, sequences: int, positions: int) -> None:
         positions = min(self.context, -(-positions // MARGIN) * MARGIN)
@@ -276,7 +279,9 @@ class Decoder:
         except (ValueError, OverflowError, TypeError) as error:
             raise InputError(f"ids must be whole numbers: {error}") from error
         if tokens.ndim != 1 or not len(tokens):
-            raise InputError(f"ids have shape {tokens.shape}; give at least one id in a row (an empty prompt cannot be continued)")
+            raise InputError(
+                f"ids have shape {tokens.shape}; give at least one id in a row (an empty prompt cannot be continued)"
+            )
         wrong = (tokens < 0) | (tokens >= self.vocabulary)
         if wrong.any():
             at = int(np.argmax(wrong))

@@ -48,7 +48,11 @@ def norm(operation: Norm, x: Rows, vector: Vector) -> Rows:
     """LayerNorm or RMSNorm of rows [T, K]."""
     if operation.centred:
         x = x - x.mean(-1, keepdims=True)
-    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + operation.eps) * (vector(f"{operation.name}.weight") + operation.gain_offset)
+    y = (
+        x
+        / np.sqrt((x * x).mean(-1, keepdims=True) + operation.eps)
+        * (vector(f"{operation.name}.weight") + operation.gain_offset)
+    )
     return y + vector(f"{operation.name}.bias") if operation.bias else y
 
 

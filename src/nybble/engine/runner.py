@@ -65,9 +65,7 @@ class NativeRunner:
                 o = operation
                 gains = [_gain(weights, name, o.gain_offset) if name else [] for name in (o.query_norm, o.key_norm)]
                 rotary = list(o.frequencies)
-                engine.attention(
-                    o.layer, o.heads, o.shared, o.dimensions, rotary, False, o.scale, o.cap, o.window, *gains, o.eps
-                )
+                engine.attention(o.layer, o.heads, o.shared, o.dimensions, rotary, False, o.scale, o.cap, o.window, *gains, o.eps)
             case Add(source, target):
                 engine.add(source, target)
             case Select():
@@ -103,12 +101,10 @@ class ReferenceRunner:
     def run(self, tokens: Ids, positions: Ids, sequences: Ids, wanted: Ids) -> Logits:
         out = np.empty((len(wanted), self.program.vocabulary), dtype=np.float32)
         place = {int(row): i for i, row in enumerate(wanted)}
-        known: dict[int, Logits] = {}
-        for row, (token, position, sequence) in enumerate(zip(tokens.tolist(), positions.tolist(), sequences.tolist(), strict=True)):
-            text = self.texts[sequence]
-            del text[position:]
-            text.append(token)
-            known.pop(sequence, None)
+        for row in range(len(tokens)):
+            text = self.texts[int(sequences[row])]
+            del text[int(positions[row]) :]
+            text.append(int(tokens[row]))
             if row in place:
                 ids = np.array(text, dtype=np.int64)
                 out[place[row]] = reference.logits(self.program, ids, self._decoded, self.weights.vector)[-1]

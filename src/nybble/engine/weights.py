@@ -22,8 +22,6 @@ from nybble.formats import Format, parse_format
 from nybble.models.checkpoint import Checkpoint
 
 KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-LARGEST_EXACT_HALF = 2048
-"""Whole numbers up to this are exact in float16."""
 
 
 class Weights:
@@ -104,30 +102,19 @@ class Weights:
         for suffix, (dtype, size) in fmt.storage(shape).items():
             array = self.native.file.read(f"{name}.{suffix}")
             if array.dtype != np.dtype(dtype) or array.shape != size:
-                raise FileFormatError(f"{self.folder}: {name}.{suffix} is {array.dtype} {array.shape}, {fmt} needs {dtype} {size}")
+                raise FileFormatError(
+                    f"{self.folder}: {name}.{suffix} is {array.dtype} {array.shape}, {fmt} needs {dtype} {size}"
+                )
             stored[suffix] = array
         if fmt.is_cast:
             kind = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}[str(fmt)]
             return kernels.lay_floats(stored["values"], kind, False, True, threads)
         codes = _aligned(stored.pop("codes"))
-        scale, offset = kernel_grid(fmt, stored)
+        scale, offset = fmt.kernel_grid(stored)
         levels = np.ascontiguousarray(fmt.levels)
         return kernels.lay(codes, shape[1], fmt.bits, levels, fmt.block(shape[1]), scale, offset, drop=True, threads=threads)
 
 
-def kernel_grid(fmt: Format, params: dict[str, NDArray[Any]]) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """(scale, offset) of a format as the kernels take them: as stored where that is all there is, half offsets where exact."""
-    if set(params) == {"scale"}:
-        return _aligned(params["scale"]), None
-    scale, offset = fmt.grid(params)
-    stored = params.get("scale")
-    if stored is not None and stored.dtype == np.float16:
-        scale = _aligned(stored)  # type: ignore[assignment]  # the same values in half the bytes
-    if offset is not None and np.array_equal(offset, np.rint(offset)) and np.abs(offset).max(initial=0) <= LARGEST_EXACT_HALF:
-        offset = offset.astype(np.float16)  # type: ignore[assignment]
-    return scale, offset
-
-
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
     """The array itself, or a copy where the file has it at an odd address."""
-    return np.require(array, requirements="CA")
+    return np.require(array, requirements=("C", "A"))

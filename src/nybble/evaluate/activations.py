@@ -15,7 +15,7 @@ Left out: logits while decoding token by token. The engine gives the same to the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +70,8 @@ class Activations:
     """KL(float mode || int8 mode); None unless both were measured and finite."""
     difference: Distance | None
     """KL(float model || int8 mode) - KL(float model || float mode); None without a float model too."""
-    threads: int
+    threads: int | None
+    """Of the engine; None when no mode was measured."""
     instruction_set: str
 
 
@@ -102,6 +103,8 @@ def evaluate_activations(
 ) -> Activations:
     """Measure a folder with torch (`model`, loaded from it) and with the engine in each of `modes`, window by window.
 
+    Without modes this is `evaluate`, with the float model in the place of a cache.
+
     `reference` is the float model, called as `model` is, for KL against it. One window's logits of each model are in memory
     at a time: 4 bytes times window length times vocabulary. Raises InputError for a folder that the engine cannot decode,
     UsageError for an unknown mode or a float model of another vocabulary.
@@ -131,7 +134,6 @@ def evaluate_activations(
             between.add(chunks["int8"], chunks["float"].log_probs)
     tokens = windows.scored.sum(axis=1)
     both = set(modes) == set(MODES) and all(against_float[mode].broken is None for mode in modes)
-    first = next(iter(decoders.values()))
     return Activations(
         torch=against_float["torch"].quality(),
         modes={
@@ -140,12 +142,12 @@ def evaluate_activations(
         },
         kl=_kl_of(between, tokens) if both else None,
         difference=_difference(against_float["int8"], against_float["float"], tokens) if both and kl_windows else None,
-        threads=first.threads,
+        threads=next((decoder.threads for decoder in decoders.values()), None),
         instruction_set=kernels.instruction_set(),
     )
 
 
-def _in_step(models: dict[str, Any], reference: Any, windows: Windows, progress: Progress | None) -> Any:
+def _in_step(models: dict[str, Any], reference: Any, windows: Windows, progress: Progress | None) -> Iterator[dict[str, Chunk]]:
     """Dictionaries of the models' predictions of the same targets, chunk by chunk; `reference` is among them if given."""
     named = {**models, **({"reference": reference} if reference is not None else {})}
     last = list(named)[-1]
@@ -170,6 +172,3 @@ def _difference(int8: Tally, exact: Tally, tokens: NDArray[np.int64]) -> Distanc
 def _distance(sums: NDArray[np.float64], values: NDArray[np.float64], tokens: NDArray[np.int64]) -> Distance:
     mean, se = mean_and_error(sums, tokens)
     return Distance(mean, se, float(np.quantile(values, 0.99)))
-
-
-__all__ = ["MODES", "Activations", "Chunk", "Distance", "EngineModel", "ModeQuality", "evaluate_activations"]

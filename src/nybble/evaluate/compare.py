@@ -1,15 +1,18 @@
 """The main job: several variants of one model, measured side by side on the same weights and text.
 
 The parent process imports no torch; it starts the measuring processes (worker.py), merges what they say into records, and
-removes everything it made. Each variant's memory and speed are taken in a fresh process, while nothing else runs.
+removes everything it made. Each variant's memory and speed are taken in fresh processes, one for torch and one for the
+engine, while nothing else runs.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -22,7 +25,7 @@ from nybble.calibrate.windows import PROTOCOLS, read_text
 from nybble.errors import InputError, UsageError, unknown_name
 from nybble.evaluate import memory
 from nybble.evaluate.job import Job, Worker
-from nybble.evaluate.record import LayerRecord, Record, Run
+from nybble.evaluate.record import EngineRecord, LayerRecord, Record, Run
 from nybble.evaluate.variants import parse_variants
 from nybble.models.checkpoint import check_float, check_tokenizer, is_causal, open_checkpoint
 from nybble.models.hub import resolve
@@ -149,9 +152,13 @@ def _measure_all(
             report(i, 0.6, "memory and speed, in a process of its own")
             with Worker("measure", path, made["folder"], threads=job.threads, what=spec) as worker:
                 measured = worker.until("measured")
+            report(i, 0.9, "decoding by the engine, in another process")
+            prompt = json.dumps(measured["prompt_ids"])
+            with Worker("decode", path, made["folder"], prompt, str(time.time()), threads=job.threads, what=spec) as worker:
+                decoded = worker.until("decoded")
             shutil.rmtree(made["folder"], ignore_errors=True)
             run = run or _run(job, ready, measured, model_facts, text_facts, bandwidth)
-            record = _record(spec, made, measured, run, bandwidth)
+            record = _record(spec, made, measured, decoded, run, bandwidth)
             records.append(record)
             if on_record:
                 on_record(record)
@@ -168,10 +175,15 @@ def _follow(events: Any, name: str, progress: Callable[[str, float], None]) -> d
     raise AssertionError(f"the worker ended without {name}")  # events() raises before this
 
 
-def _record(spec: str, made: dict[str, Any], measured: dict[str, Any], run: Run, bandwidth: float) -> Record:
+def _record(
+    spec: str, made: dict[str, Any], measured: dict[str, Any], decoded: dict[str, Any], run: Run, bandwidth: float
+) -> Record:
     names = ("perplexity", "perplexity_se", "kl_mean", "kl_se", "kl_p99", "top1_agreement")
     quality: dict[str, Any] = {name: (made["quality"] or {}).get(name) for name in names}
-    from_measured = {key: value for key, value in measured.items() if key not in ("event", "bytes_per_token", "prompt_tokens")}
+    from_measured = {key: value for key, value in measured.items() if key not in ("event", "bytes_per_token", "prompt_ids")}
+    engine = decoded["engine"]
+    if engine is not None:
+        engine["bandwidth_share"] = engine["bytes_per_token"] * engine["tokens_per_second"] / bandwidth
     return Record(
         variant=spec,
         format=made["format"],
@@ -185,7 +197,8 @@ def _record(spec: str, made: dict[str, Any], measured: dict[str, Any], run: Run,
         model_histogram=made["model_histogram"],
         run=run,
         layers=[LayerRecord(**{**layer, "shape": tuple(layer["shape"])}) for layer in made["layers"]],
-        notes=made["notes"],
+        notes=made["notes"] + ([decoded["note"]] if decoded["note"] else []),
+        engine=None if engine is None else EngineRecord(**engine),
         **quality,
         **from_measured,
     )
@@ -219,7 +232,7 @@ def _run(
         threads=job.threads,
         seed=job.seed,
         prompt=job.prompt,
-        prompt_tokens=measured["prompt_tokens"],
+        prompt_tokens=len(measured["prompt_ids"]),
         new_tokens=job.new_tokens,
         repeats=job.repeats,
     )

@@ -4,7 +4,8 @@ The parent (compare.py) never imports torch. It starts `python -m nybble.evaluat
 
     quality    one process for the run: tokenizes, keeps the float model's predictions, then, for each line it reads on
                standard input, makes the next variant, saves it and evaluates what was saved
-    measure    a fresh process per variant: memory, speed and generated text of one saved folder
+    measure    a fresh process per variant: memory, speed and generated text of one saved folder, by torch
+    decode     another fresh process per variant, without torch: memory and speed of the same folder by the engine
 
 Events are {"event": NAME, ...}; `error` carries the class and message of a NybbleError, which the parent raises again.
 """

@@ -45,6 +45,42 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class EngineRecord:
+    """One variant decoded by nybble's engine (no torch), measured in a process of its own."""
+
+    activations: str
+    """`int8`: rounded to int8 in blocks where the weight has codes, the engine's default; `float`: no weight has codes."""
+    cache: str
+    """What keys and values were held in: f16, ..."""
+    instruction_set: str
+    threads: int
+    load_seconds: float
+    """From the file on disk to a decoder that is ready."""
+    start_seconds: float
+    """From the start of the process (Python, imports, loading) to the first new token; the prompt is given as ids."""
+    first_token_seconds: float
+    """From prompt to first new token, the decoder loaded and warm. Median of `run.repeats`, as are those below."""
+    seconds_50_tokens: float
+    """Greedy, batch 1, end-of-text ignored: the same ids in as for torch, `run.new_tokens` out."""
+    seconds_50_tokens_runs: list[float]
+    tokens_per_second: float
+    """new_tokens / seconds_50_tokens."""
+    prefill_tokens_per_second: float
+    """Reading 512 tokens (or the context), logits of the last position only."""
+    batch8_tokens_per_second: float
+    """New tokens of all texts per second, eight prompts decoded together."""
+    weight_bytes: int
+    """All matrices as the engine holds them."""
+    bytes_per_token: int
+    """Weights that one new token reads, and the cache at its average length in the timed runs."""
+    bandwidth_share: float
+    """bytes_per_token * tokens_per_second over the run's measured bandwidth; above 1 the weights come from the caches."""
+    memory_before_bytes: int | None
+    """Resident set of the fresh process with the engine imported, before the model is loaded."""
+    memory_after_load_bytes: int | None
+
+
+@dataclass(frozen=True)
 class Run:
     """Where a record comes from: shared by all records of one run."""
 
@@ -59,7 +95,7 @@ class Run:
     versions: dict[str, str]
     """nybble, python, torch, transformers, numpy."""
     machine: dict[str, Any]
-    """cpu, cores, memory_bytes, system, bandwidth_bytes_per_second (measured: all threads reading)."""
+    """cpu, cores, memory_bytes, system, bandwidth_bytes_per_second (measured: all threads reading), instruction_set."""
     threads: int
     seed: int
     prompt: str | None
@@ -131,6 +167,9 @@ class Record:
     notes: list[str] = field(default_factory=list)
     """What a reader must know: tail groups, tensors kept, quality not measured and why."""
     schema: str = SCHEMA
+    engine: EngineRecord | None = None
+    """Speed and memory of the engine; the fields above are torch's. None: the engine cannot decode this model (`notes` says
+    why), or the record is older than this field."""
 
     def to_line(self) -> str:
         """One line of JSON. NaN and infinity, which JSON lacks, become null."""
@@ -163,6 +202,9 @@ def from_line(line: str, where: str = "line") -> Record:
             LayerRecord(**{**{k: v for k, v in layer.items() if k in layer_fields}, "shape": tuple(layer["shape"])})
             for layer in data.get("layers", [])
         ]
+        if data.get("engine") is not None:
+            engine_fields = {f.name for f in dataclasses.fields(EngineRecord)}
+            data["engine"] = EngineRecord(**{key: value for key, value in data["engine"].items() if key in engine_fields})
         return Record(**data)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, FileFormatError):

@@ -184,9 +184,23 @@ def measure(job: Job, folder: Path) -> None:
         prefill_tokens_per_second=speed.prefill_tokens_per_second,
         weight_bytes=weight_bytes,
         bytes_per_token=token_bytes,
-        prompt_tokens=len(prompt),
+        prompt_ids=prompt,
         **samples,
     )
+    emit("done")
+
+
+def decode(job: Job, folder: Path, prompt: list[int], spawned: float) -> None:
+    """Speed and memory of the engine on one saved variant. No torch in this process."""
+    from nybble.errors import InputError, NumericError, UsageError
+    from nybble.evaluate.decoding import measure_decoding
+
+    try:
+        found = measure_decoding(folder, prompt, job.new_tokens, job.repeats, job.prefill_tokens, job.threads, job.seed, spawned)
+    except (InputError, NumericError, UsageError) as error:  # torch's figures stand; the reader is told why these do not
+        emit("decoded", engine=None, note=f"not decoded by the engine: {error}")
+    else:
+        emit("decoded", engine=found, note=None)
     emit("done")
 
 
@@ -259,7 +273,7 @@ def _random_prompt(model: Any, seed: int) -> list[int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Entry point of both kinds of process."""
+    """Entry point of every kind of process."""
     kind, path, *rest = arguments
     end_with_parent()
     try:
@@ -271,6 +285,8 @@ def main(arguments: list[str]) -> int:
 
             make_shape(rest[0], Path(job.folder), job.seed)
             emit("done")
+        elif kind == "decode":
+            decode(job, Path(rest[0]), json.loads(rest[1]), float(rest[2]))
         else:
             measure(job, Path(rest[0]))
     except NybbleError as error:

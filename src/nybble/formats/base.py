@@ -32,6 +32,8 @@ Scalar = TypeVar("Scalar", bound=np.generic)
 
 SLAB_WEIGHTS = 1 << 22
 """Weights worked on at once: temporaries in float64 stay below 100 MB whatever the size of the matrix."""
+LARGEST_EXACT_HALF = 2048
+"""Whole numbers up to this are exact in float16."""
 
 
 class Format(ABC):
@@ -77,6 +79,22 @@ class Format(ABC):
     def grid_of_rows(self, params: Params, rows: NDArray[np.int64]) -> tuple[Float32, Float32 | None]:
         """`grid` for some rows of the weight, int64 [T]: [T, blocks] each, or [1, 1] per tensor."""
         return self.grid({name: values if values.shape[0] == 1 else values[rows] for name, values in params.items()})
+
+    def kernel_grid(self, params: Params) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """`grid` as `kernels.lay` takes it, in as few bytes as hold it exactly: the scale as stored where it is stored as
+        such, offsets in float16 where that is exact (zero points), C-contiguous and aligned."""
+        scale: NDArray[Any]
+        offset: NDArray[Any] | None
+        if set(params) == {"scale"}:
+            scale, offset = params["scale"], None
+        else:
+            scale, offset = self.grid(params)
+            scale = params.get("scale", scale)
+        if offset is not None and np.array_equal(offset, np.rint(offset)) and np.abs(offset).max(initial=0) <= LARGEST_EXACT_HALF:
+            offset = offset.astype(np.float16)
+        return np.require(scale, requirements=("C", "A")), offset if offset is None else np.require(
+            offset, requirements=["C", "A"]
+        )
 
     @abstractmethod
     def encode(self, weight: Float32, params: Params) -> Codes:

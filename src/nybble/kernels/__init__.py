@@ -194,7 +194,7 @@ def lay(
 ) -> Laid:
     """The kernel layout of a packed weight; the arguments are those of `decode`.
 
-    `drop` says that `packed` is a mapped file whose pages may be given back to the system as they are read.
+    `drop` says that the arrays are not read again after this: the pages of a mapped file are given back to the system.
     """
     weight = arguments.weight(packed, columns, bits, levels, block, scale, offset)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)

@@ -44,27 +44,36 @@ void product(const LaidWeight& weight, const Matrix<const float>& x, const Matri
     float* to = y.data();
     nb::gil_scoped_release release;
     const Kernels& run = kernels();
-    const Memory values(fast ? 0 : count * stride * sizeof(float));
-    const Memory codes(fast ? most * stride : 0);
-    const Memory scale(fast ? most * stride / kBlock * sizeof(float) : 0), sums(fast ? most * stride / 16 * sizeof(std::int32_t) : 0);
+    // Kept from call to call: to ask the system for it each time costs more than a small product.
+    thread_local Memory values, codes, scale, sums, scratch;
+    const auto room = [](Memory& memory, std::size_t bytes) {
+        if (memory.bytes() < bytes) memory = Memory(bytes);
+    };
+    const std::size_t each = (product_scratch(w, count) + 127) / 64 * 64;
+    room(scratch, each * std::size_t(threads));
+    if (fast) {
+        room(codes, most * stride);
+        room(scale, most * stride / kBlock * sizeof(float));
+        room(sums, most * stride / 16 * sizeof(std::int32_t));
+    } else {
+        room(values, count * stride * sizeof(float));
+    }
     for (std::size_t m = 0; m < count; ++m) {
         if (fast)
             run.quantize_row(from + m * w.columns, w.columns,
                              {codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>(), stride, count, m});
-        else
+        else  // what lies behind the last column is never multiplied
             std::memcpy(values.as<float>() + m * stride, from + m * w.columns, w.columns * sizeof(float));
     }
     const Activations laid = {count, stride, values.as<float>(), codes.as<std::int8_t>(), scale.as<float>(), sums.as<std::int32_t>()};
     Output out;
     out.to = to;
     out.stride = w.rows;
-    const std::size_t each = (product_scratch(w, count) + 127) / 64 * 64;
-    const Memory scratch(each * std::size_t(threads));
     const std::size_t pieces = std::min(w.tiles, std::size_t(threads) * (count >= 32 ? 8 : 1));
     if (count == 0 || pieces == 0) return;
+    std::uint8_t* mine = scratch.as();  // the caller's, shared out to the pool
     parallel(pieces, threads, [&](std::size_t p, int worker) {
-        run.product(w, laid, out, w.tiles * p / pieces, w.tiles * (p + 1) / pieces, fast,
-                    scratch.as() + each * std::size_t(worker));
+        run.product(w, laid, out, w.tiles * p / pieces, w.tiles * (p + 1) / pieces, fast, mine + each * std::size_t(worker));
     });
 }
 

@@ -339,6 +339,73 @@ inline void exact_tile(const Tiled& w, std::size_t tile, const Activations& x, s
     for (int t = 0; t < M; ++t) Lanes::store(to + t * kRows, Lanes::add(even[t], odd[t]));
 }
 
+// One token: values go from codes to sums without a stop in memory, in the same order.
+template <int B, bool Table>
+static void exact_codes(const Tiled& w, std::size_t tile, const float* x, float* to) {
+    const std::uint8_t* unit = w.data + tile * w.tile_bytes;
+    const F levels = Lanes::load(w.levels);
+    const I low = Lanes::whole(0xff), base = Lanes::whole(w.base);
+    const bool has = w.offset != nullptr, zero = w.offset_is_zero;
+    F even = Lanes::all(0.0f), odd = even;
+    for (std::size_t u = 0; u < w.units; ++u, unit += kLine * B) {
+        const std::size_t begin = u * kUnit;
+        const std::size_t count = w.columns - begin < kUnit ? w.columns - begin : kUnit;
+        alignas(64) float some[kUnit] = {};
+        const float* columns = x + begin;
+        if (count < kUnit) {  // zeros behind the last column: their products change nothing
+            __builtin_memcpy(some, columns, count * sizeof(float));
+            columns = some;
+        }
+        F scale = even, offset = even;
+        const auto grid = [&](std::size_t column) __attribute__((always_inline)) {
+            std::size_t block = column / w.block;
+            if (block >= w.blocks) block = w.blocks - 1;
+            const std::size_t at = (tile * w.blocks + block) * kRows;
+            scale = load_parameter(w.scale, w.scale_half, at);
+            if (has) offset = load_parameter(w.offset, w.offset_half, at);
+        };
+        const auto value = [&](I line) __attribute__((always_inline)) {
+            F level = Table ? Lanes::float_table(levels, line) : Lanes::to_float(Lanes::minus(Lanes::both(line, low), base));
+            if (has && zero) level = Lanes::sub(level, offset);
+            const F scaled = Lanes::mul(scale, level);
+            return has && !zero ? Lanes::add(scaled, offset) : scaled;
+        };
+        const auto take = [&](I line, std::size_t s) __attribute__((always_inline)) {
+            even = Lanes::fma(value(line), Lanes::all(columns[4 * s]), even);
+            odd = Lanes::fma(value(Lanes::template right<8>(line)), Lanes::all(columns[4 * s + 1]), odd);
+            even = Lanes::fma(value(Lanes::template right<16>(line)), Lanes::all(columns[4 * s + 2]), even);
+            odd = Lanes::fma(value(Lanes::template right<24>(line)), Lanes::all(columns[4 * s + 3]), odd);
+        };
+        for (std::size_t ahead = 0; ahead < B; ++ahead) __builtin_prefetch(unit + kAhead + ahead * kLine);
+        grid(begin);
+        take(step<B, 0>(unit), 0);
+        take(step<B, 1>(unit), 1);
+        take(step<B, 2>(unit), 2);
+        take(step<B, 3>(unit), 3);
+        if (w.halves) grid(begin + kUnit / 2);
+        take(step<B, 4>(unit), 4);
+        take(step<B, 5>(unit), 5);
+        take(step<B, 6>(unit), 6);
+        take(step<B, 7>(unit), 7);
+    }
+    Lanes::store(to, Lanes::add(even, odd));
+}
+
+static void exact_one(const Tiled& w, std::size_t tile, const Activations& x, std::size_t m, float* to) {
+    const float* row = x.values + m * x.stride;
+    if (w.holds != Holds::codes) return exact_tile<1>(w, tile, x, m, to);
+    if (w.table) return exact_codes<4, true>(w, tile, row, to);
+    switch (w.bits) {
+        case 2: return exact_codes<2, false>(w, tile, row, to);
+        case 3: return exact_codes<3, false>(w, tile, row, to);
+        case 4: return exact_codes<4, false>(w, tile, row, to);
+        case 5: return exact_codes<5, false>(w, tile, row, to);
+        case 6: return exact_codes<6, false>(w, tile, row, to);
+        case 7: return exact_codes<7, false>(w, tile, row, to);
+        default: return exact_codes<8, false>(w, tile, row, to);
+    }
+}
+
 // ---- both: from sums to the output ------------------------------------------------------------------------------------
 
 inline void put(const Output& out, std::size_t row, std::size_t count, std::size_t m, const float* sums, int tokens) {
@@ -414,7 +481,10 @@ static void exact_group(const Tiled& w, const Activations& x, std::size_t m, con
                         std::size_t last) {
     alignas(64) float sums[M * kRows];
     for (std::size_t tile = first; tile < last; ++tile) {
-        exact_tile<M>(w, tile, x, m, sums);
+        if constexpr (M == 1)
+            exact_one(w, tile, x, m, sums);
+        else
+            exact_tile<M>(w, tile, x, m, sums);
         const std::size_t row = tile * kRows;
         put(out, row, w.rows - row < kRows ? w.rows - row : kRows, m, sums, M);
     }

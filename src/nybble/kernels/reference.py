@@ -67,7 +67,7 @@ def quantize_activations(x: Floats, codes: NDArray[np.int8], scale: Floats) -> N
     blocks = np.zeros((rows, count * BLOCK), dtype=np.float32)
     blocks[:, : x.shape[1]] = x
     blocks = blocks.reshape(rows, count, BLOCK)
-    finite = np.isfinite(blocks).all(-1)
+    finite = np.asarray(np.isfinite(blocks).all(-1))
     top = np.where(finite, np.abs(np.where(np.isfinite(blocks), blocks, 0)).max(-1), 0).astype(np.float32)
     some = top > np.float32(1e-30)
     inverse = np.where(some, np.float32(127) / np.where(some, top, np.float32(1)), np.float32(0)).astype(np.float32)

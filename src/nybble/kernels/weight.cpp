@@ -183,6 +183,7 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
             lay_parameters(static_cast<const std::uint16_t*>(from), stride, w, to.as<std::uint16_t>());
         else
             lay_parameters(static_cast<const float*>(from), stride, w, to.as<float>());
+        if (drop) give_back(from, (stride == 0 ? 1 : w.rows * stride) * (half ? 2 : 4));
     };
     w.scale_half = source.scale_half;
     lay(source.scale, source.scale_half, source.scale_stride, scale_);

@@ -43,8 +43,8 @@ struct FloatSource {
 
 class LaidWeight {
   public:
-    // From packed codes (kernels.hpp's Weight). zero: the offset is a zero point in codes. drop: the packed bytes are a
-    // mapped file whose pages may be given back once they are read. Formats whose blocks do not fit units become float32.
+    // From packed codes (kernels.hpp's Weight), whose offset is a zero point in codes. drop: the arrays are not read again,
+    // and are a mapped file whose pages are given back. Formats whose blocks do not fit units become float32.
     LaidWeight(const Weight& source, bool drop, int threads);
     LaidWeight(const FloatSource& source, bool drop, int threads);
 
