@@ -11,7 +11,7 @@ namespace nybble {
 namespace {
 
 constexpr std::size_t kOwn = 2;     // rows up to which every thread prepares its own activations
-constexpr std::size_t kMany = 32;   // rows from which tiles are handed out in chunks instead of split beforehand
+constexpr std::size_t kMany = 32;   // rows from which a tile is long work
 
 std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
@@ -19,6 +19,24 @@ std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 std::pair<std::size_t, std::size_t> share(std::size_t count, int worker, int threads) {
     const auto w = static_cast<std::size_t>(worker), n = static_cast<std::size_t>(threads);
     return {count * w / n, count * (w + 1) / n};
+}
+
+// Tiles are handed out in pieces: one large piece for each thread, then small ones, so that a thread that was held up
+// leaves its share to the others. Many rows make every tile long work: pieces of equal size do.
+constexpr std::size_t kSmall = 4;  // small pieces a thread
+
+std::size_t piece_count(int threads, std::size_t rows) {
+    if (threads == 1) return 1;
+    return std::size_t(threads) * (rows < kMany ? 1 + kSmall : 16);
+}
+
+std::pair<std::size_t, std::size_t> piece(std::size_t tiles, std::size_t at, int threads, std::size_t rows) {
+    const std::size_t count = piece_count(threads, rows), n = static_cast<std::size_t>(threads);
+    if (rows >= kMany || threads == 1) return {tiles * at / count, tiles * (at + 1) / count};
+    const std::size_t large = tiles * 3 / 4;  // of all threads together
+    if (at < n) return {large * at / n, large * (at + 1) / n};
+    const std::size_t rest = tiles - large, small = kSmall * n;
+    return {large + rest * (at - n) / small, large + rest * (at - n + 1) / small};
 }
 
 bool quantizes(const Linear& op, bool exact) {
@@ -287,27 +305,17 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
         const bool fast = !exact_ && w.holds == Holds::codes;
         state.run.product(w, fast ? coded : x, out, first, last, fast, mine.scratch.as());
     };
-    if (state.rows < kMany) {
-        for (std::size_t p = 0; p < op.parts.size(); ++p) {
-            const auto [first, last] = share(op.parts[p].weight->tiled.tiles, worker, threads_);
-            product(p, first, last);
-        }
-    } else {  // equal chunks of all parts, taken as they come; a gated pair goes together
-        const std::size_t parts = op.gated ? 1 : op.parts.size();
-        std::size_t chunk = 8;
-        for (;;) {
-            std::size_t at = taken_[index].fetch_add(1, std::memory_order_relaxed);
-            std::size_t p = 0;
-            for (; p < parts; ++p) {
-                const std::size_t chunks = (op.parts[p].weight->tiled.tiles + chunk - 1) / chunk;
-                if (at < chunks) break;
-                at -= chunks;
-            }
-            if (p == parts) break;
-            const std::size_t first = at * chunk, last = std::min(op.parts[p].weight->tiled.tiles, first + chunk);
-            product(p, first, last);
-            if (op.gated) product(1, first, last);
-        }
+    // Pieces of all parts, taken as they come; a gated pair goes together.
+    const std::size_t parts = op.gated ? 1 : op.parts.size();
+    const std::size_t pieces = piece_count(threads_, state.rows);
+    for (;;) {
+        const std::size_t at = taken_[index].fetch_add(1, std::memory_order_relaxed);
+        if (at >= parts * pieces) break;
+        const std::size_t p = at / pieces;
+        const auto [first, last] = piece(op.parts[p].weight->tiled.tiles, at % pieces, threads_, state.rows);
+        if (first == last) continue;
+        product(p, first, last);
+        if (op.gated) product(1, first, last);
     }
     barrier_.wait();
 }
