@@ -2,6 +2,7 @@
 # make compare    the main job on the model that ships: a table, and a page in out/compare
 # make test       the fast tests; `make test-all` adds the slow ones
 # make check      ruff and mypy
+# make sanitize   the kernels and the engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make bench      the benchmarks in bench/
 # make wheel      the wheel in dist/, proved in a fresh environment without a compiler
 # make clean      removes everything made here
@@ -9,11 +10,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := CMakeLists.txt pyproject.toml src/nybble/version.py tools/with_compiler.sh \
-  $(wildcard src/nybble/kernels/*.cpp src/nybble/kernels/*.hpp)
+  $(wildcard src/nybble/kernels/*.cpp src/nybble/kernels/*.hpp src/nybble/engine/*.cpp src/nybble/engine/*.hpp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := setup
-.PHONY: setup compare test test-all check format bench wheel clean
+.PHONY: setup compare test test-all check format sanitize bench wheel clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +54,9 @@ check: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+sanitize:
+	sh tools/sanitize.sh
 
 bench: setup
 	@set -e; for script in bench/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -50,6 +50,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True}),
     "phi": ("PhiForCausalLM", {**_LLAMA, "num_key_value_heads": 4}),
     "gemma": ("GemmaForCausalLM", {**_LLAMA, "head_dim": 16}),
+    "gemma2": ("Gemma2ForCausalLM", {**_LLAMA, "head_dim": 16, "sliding_window": 8}),
     "gemma3": ("Gemma3ForCausalLM", {**_LLAMA, "head_dim": 16, "sliding_window": 8}),
     "opt": (
         "OPTForCausalLM",

@@ -97,7 +97,28 @@ def test_eval_gives_the_same_figures_as_json(packed: Path, nybble_command: Run) 
     facts = json.loads(succeed(nybble_command(*arguments, "--json")))
     assert facts["scored_tokens"] == 2 * 127
     assert facts["window"] == 128
-    assert f"perplexity {facts['perplexity']:.4f}" in succeed(nybble_command(*arguments))
+    shown = succeed(nybble_command(*arguments))
+    assert f"perplexity {facts['perplexity']:.4f}" in shown
+    assert facts["engine"]["float"]["from_torch"]["p99"] < 1e-6
+    assert facts["engine"]["float"]["quality"]["perplexity"] == pytest.approx(facts["perplexity"], rel=1e-5)
+    added = facts["engine"]["int8_activations"]
+    assert 0 < added["kl"]["mean"] < 0.0005
+    assert added["difference"] is None  # needs the float model
+    assert "int8 activations move the predictions of these weights by a KL of" in shown
+
+
+@pytest.mark.slow
+def test_eval_against_the_float_model(packed: Path, nybble_command: Run) -> None:
+    arguments = ("eval", packed, "--windows", "2", "--window", "128", "--reference", demo.model_folder())
+    facts = json.loads(succeed(nybble_command(*arguments, "--json")))
+    assert 0.001 < facts["kl_mean"] < 0.2
+    assert facts["notes"] == []
+    exact, rounded = (facts["engine"][mode]["quality"]["kl_mean"] for mode in ("float", "int8"))
+    assert exact == pytest.approx(facts["kl_mean"], rel=1e-3)
+    assert facts["engine"]["int8_activations"]["difference"]["mean"] == pytest.approx(rounded - exact, abs=1e-9)
+    without = json.loads(succeed(nybble_command(*arguments, "--activations", "none", "--json")))
+    assert without["engine"] is None
+    assert without["kl_mean"] == pytest.approx(facts["kl_mean"], rel=1e-6)
 
 
 def test_a_closed_pipe_is_no_error(environment: dict[str, str]) -> None:

@@ -215,6 +215,7 @@ WRONG: dict[str, tuple[list[str], int, tuple[str, ...]]] = {
     "unknown shape": (["compare", "--shape", "gpt9"], 2, ("gpt9", "gpt2")),
     "unknown protocol": (["compare", "--protocol", "papr"], 2, ("'papr'", "did you mean paper")),
     "eval unknown protocol": (["eval", DEMO, "--protocol", "papr"], 2, ("'papr'", "did you mean paper")),
+    "eval unknown activations": (["eval", DEMO, "--activations", "int4"], 2, ("'int4'", "both, float, int8, none")),
     "no windows": (["compare", "--windows", "0"], 2, ("windows is 0", "least is 1")),
     "eval no windows": (["eval", DEMO, "--windows", "0"], 2, ("windows is 0", "least is 1")),
     "window of one": (["compare", "--window", "1"], 2, ("window is 1", "least is 2")),

@@ -47,7 +47,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, 16 heads to one": (
         "LlamaForCausalLM", {**_SMALL, "num_attention_heads": 16, "head_dim": 8, "num_key_value_heads": 1}
     ),
-    "llama, linear rope": ("LlamaForCausalLM", {**_SMALL, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    "llama, linear rope": (
+        "LlamaForCausalLM", {**_SMALL, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}
+    ),
     "llama, llama3 rope": ("LlamaForCausalLM", {**_SMALL, "rope_parameters": _LLAMA3}),
     "llama, theta": ("LlamaForCausalLM", {**_SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 7e5}}),
     "mistral, no window": ("MistralForCausalLM", {**_SMALL, "sliding_window": None}),
@@ -210,7 +212,11 @@ def test_a_quantized_folder_decodes_like_its_torch_model(name: str, spec: str, s
         ("opt", {"do_layer_norm_before": False}, "opt with do_layer_norm_before True only"),
         ("llama", {"hidden_act": "mish"}, "activation 'mish'; the engine knows gelu"),
         ("llama", {"model_type": "bert"}, "cannot decode model_type 'bert'; it knows gemma, gemma2, gpt2"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'; the engine knows default, linear, llama3"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "type 'yarn'; the engine knows default, linear, llama3",
+        ),
         ("llama", {"num_hidden_layers": 3}, "no model.layers.2.input_layernorm.weight, which llama needs"),
         ("llama", {"num_attention_heads": 0}, "num_attention_heads 0, not a positive whole number"),
         ("llama", {"hidden_size": 128}, "has shape"),
@@ -234,5 +240,5 @@ def test_opt_with_projections_around_its_embeddings_is_refused(tmp_path: Path) -
 
     config = transformers.OPTConfig(**{**_OPT, "word_embed_proj_dim": 32})
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
-    with pytest.raises(InputError, match="has shape .* not 64 columns; the engine cannot run it"):
+    with pytest.raises(InputError, match=r"has shape .* not 64 columns; the engine cannot run it"):
         Decoder.load(tmp_path / "opt", threads=1)

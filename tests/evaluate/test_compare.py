@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import nybble
 import nybble.demo
@@ -41,6 +43,17 @@ class Outcome:
 
     def __getitem__(self, variant: str) -> Record:
         return next(record for record in self.records if record.variant == variant)
+
+
+def make_gpt_neo(folder: Path) -> Path:
+    """A tiny GPT-Neo of random weights with the tokenizer of the model that ships."""
+    source = nybble.demo.model_folder()
+    settings = {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    config = GPTNeoConfig(vocab_size=4096, max_position_embeddings=64, window_size=8, bos_token_id=0, eos_token_id=0, **settings)
+    GPTNeoForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +93,46 @@ def test_records_are_complete(demo_run: Outcome) -> None:
         assert (record.quantize_seconds or 0) > 0
         assert record.sample_greedy
         assert record.sample_top_k
+
+
+def test_the_engine_is_measured_beside_torch(demo_run: Outcome) -> None:
+    bandwidth = demo_run.records[0].run.machine["bandwidth_bytes_per_second"]
+    for record in demo_run.records:
+        engine = record.engine
+        assert engine is not None
+        assert engine.activations == ("float" if record.variant == "fp32" else "int8")
+        assert (engine.cache, engine.threads) == ("f16", 2)
+        assert engine.instruction_set == record.run.machine["instruction_set"]
+        assert len(engine.seconds_50_tokens_runs) == 1
+        assert engine.tokens_per_second == pytest.approx(5 / engine.seconds_50_tokens)
+        assert engine.start_seconds > engine.load_seconds > 0
+        assert min(engine.first_token_seconds, engine.prefill_tokens_per_second, engine.batch8_tokens_per_second) > 0
+        assert engine.bandwidth_share == pytest.approx(engine.bytes_per_token * engine.tokens_per_second / bandwidth)
+        assert engine.bytes_per_token > 0.9 * record.weight_bytes
+        assert not [note for note in record.notes if "engine" in note]
+    base, int8, int4 = (record.engine.weight_bytes for record in demo_run.records if record.engine)
+    assert base > 3 * int8 > 4 * int4
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_the_engine_needs_less_memory_than_torch(demo_run: Outcome) -> None:
+    for record in demo_run.records:
+        assert record.engine is not None
+        before, after = record.engine.memory_before_bytes or 0, record.engine.memory_after_load_bytes or 0
+        assert before < (record.memory_before_bytes or 0) / 2  # no torch in that process
+        assert before < after < (record.memory_after_load_bytes or 0)
+
+
+@pytest.mark.slow
+def test_a_model_without_a_table_is_measured_by_torch_alone(tmp_path: Path) -> None:
+    """GPT-Neo has no table for the engine; its tokenizer is that of the model that ships."""
+    folder = make_gpt_neo(tmp_path / "neo")
+    (record,) = nybble.compare(folder, **{**SETTINGS, "variants": "fp32", "window": 32, "new_tokens": 4})
+    assert record.engine is None
+    assert [note for note in record.notes if note.startswith("not decoded by the engine: ")]
+    assert (record.seconds_50_tokens or 0) > 0
+    assert json.loads(record.to_line())["engine"] is None
+    assert from_line(record.to_line()) == record
 
 
 def test_quality_is_sane(demo_run: Outcome) -> None:

@@ -68,7 +68,7 @@ class Kind:
 KINDS = (
     *(Kind(bits) for bits in range(2, 9)),
     *(Kind(bits, "from 0", "zero") for bits in range(2, 9)),
-    Kind(4, "table"), Kind(4, "table", "any"), Kind(3, "from 0", "any"),
+    Kind(4, "table"), Kind(3, "from 0", "any"),
 )  # fmt: skip
 
 
@@ -120,7 +120,12 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-c", code],
+            env={**inherited, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
 
     return run

@@ -13,7 +13,6 @@ import pytest
 
 from nybble import kernels
 
-
 Python = Callable[..., CompletedProcess[str]]
 SHOW = "from nybble import kernels; print(kernels.instruction_set(), kernels.native_available())"
 
@@ -76,10 +75,10 @@ def test_callers_in_several_threads_get_the_same_answer(native: ModuleType) -> N
     for exact in (True, False):
         wanted = kernels.product(x, laid, exact)
 
-        def answer(_: int, exact: bool = exact) -> bool:
+        def answer(_: int, exact: bool = exact, wanted: bytes = wanted.tobytes()) -> bool:
             again = kernels.lay(*weight, threads=2)  # type: ignore[arg-type]
             same = kernels.product(x, laid, exact, threads=2).tobytes(), kernels.product(x, again, exact, threads=2).tobytes()
-            return set(same) == {wanted.tobytes()}
+            return set(same) == {wanted}
 
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(answer, range(100)))

@@ -1,4 +1,4 @@
-"""The kernels read no byte past their arrays: each array ends where a page that cannot be read begins."""
+"""The kernels touch no byte past their arrays: each array ends, or begins, at a page that cannot be read or written."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ pages = []
 
 
 def guarded(values):
-    size = -(-max(1, values.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    # A copy between two pages that cannot be read, hard against the one behind it or, with "begin", the one before.
+    page = mmap.PAGESIZE
+    size = -(-max(1, values.nbytes) // page) * page
+    memory = mmap.mmap(-1, size + 2 * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert libc.mprotect(start + size, mmap.PAGESIZE, 0) == 0, "mprotect refused"
+    for guard in (start, start + page + size):
+        assert libc.mprotect(guard, page, 0) == 0, "mprotect refused"
     pages.append(memory)
-    copy = np.frombuffer(memory, dtype=values.dtype, count=values.size, offset=size - values.nbytes)
+    offset = page + (0 if sys.argv[1] == "begin" else size - values.nbytes)
+    copy = np.frombuffer(memory, dtype=values.dtype, count=values.size, offset=offset)
     copy[:] = values.ravel()
     return copy.reshape(values.shape)
 
 
 if sys.argv[1] == "past":
-    inside = guarded(np.zeros(64, dtype=np.uint8))
-    ctypes.string_at(inside.ctypes.data, 65)
+    ctypes.string_at(guarded(np.zeros(64, dtype=np.uint8)).ctypes.data, 65)
+if sys.argv[1] == "before":
+    ctypes.string_at(guarded(np.zeros(mmap.PAGESIZE, dtype=np.uint8)).ctypes.data - 1, 1)
 
 random = np.random.default_rng(0)
 shapes = [(1, 1, 64), (2, 7, 7), (3, 33, 8), (16, 64, 64), (17, 96, 32), (2, 172, 64), (1, 21, 7), (5, 768, 64), (18, 44, 16)]
@@ -65,17 +70,17 @@ for bits in range(1, 9):
                     assert np.allclose(y, x @ wanted.T, rtol=1e-4, atol=1e-4)
                     laid.product(x, y, False, threads)
                 steps = -(-columns // 64)
+                codes, scales = np.zeros((count, 64 * steps), dtype=np.int8), np.zeros((count, steps), dtype=np.float32)
                 if kernels.native():
-                    kernels.native().quantize_activations(
-                        x, guarded(np.zeros((count, 64 * steps), dtype=np.int8)), guarded(np.zeros((count, steps), dtype=np.float32))
-                    )
+                    kernels.native().quantize_activations(x, guarded(codes), guarded(scales))
             if laid.holds_codes and (len(levels) == 16 or levels[0] == -1):
                 back = [guarded(np.zeros_like(a)) for a in (packed, scale, offset)]
                 laid.restore(*back, 2)
                 assert all((a == b).all() for a, b in zip(back, (packed, scale, offset), strict=True))
 for rows, columns, _ in shapes:
     values = random.normal(size=(rows, columns)).astype(np.float32)
-    for kind, stored in (("f32", values), ("f16", values.astype(np.float16)), ("bf16", (values.view(np.uint32) >> 16).astype(np.uint16))):
+    halves, tops = values.astype(np.float16), (values.view(np.uint32) >> 16).astype(np.uint16)
+    for kind, stored in (("f32", values), ("f16", halves), ("bf16", tops)):
         for source in (stored, np.ascontiguousarray(stored.T)):
             laid = kernels.lay_floats(guarded(source), kind, source is not stored, threads=2)
             for count in (1, 9):
@@ -97,10 +102,12 @@ def _child(instruction_set: str, mode: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_no_kernel_reads_past_its_arrays(instruction_set: str) -> None:
-    done = _child(instruction_set, "within")
+@pytest.mark.parametrize("end", ["end", "begin"])
+def test_no_kernel_reads_or_writes_past_its_arrays(end: str, instruction_set: str) -> None:
+    done = _child(instruction_set, end)
     assert (done.returncode, done.stdout) == (0, f"read {instruction_set}\n"), done.stderr[-2000:]
 
 
-def test_the_guard_page_does_stop_a_read() -> None:
-    assert _child("reference", "past").returncode < 0
+@pytest.mark.parametrize("end", ["past", "before"])
+def test_the_guard_page_does_stop_a_read(end: str) -> None:
+    assert _child("reference", end).returncode < 0

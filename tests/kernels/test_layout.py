@@ -55,7 +55,9 @@ def test_what_one_instruction_set_laid_another_reads(kind: Any, packed: Any, nat
     weight = packed(kind, 33, 172, 64)
     x = np.random.default_rng(1).normal(size=(9, 172)).astype(np.float32)
     made = [kernels.lay(*weight) for _ in each_set()]
-    answers = [(kernels.product(x, laid).tobytes(), kernels.product(x, laid, False).tobytes()) for _ in each_set() for laid in made]
+    answers = [
+        (kernels.product(x, laid).tobytes(), kernels.product(x, laid, False).tobytes()) for _ in each_set() for laid in made
+    ]
     assert len(set(answers)) == 1
 
 
@@ -69,24 +71,11 @@ def test_rows_are_those_of_decode(kind: Any, packed: Any, each_set: Walk) -> Non
             assert kernels.rows_of(laid, np.empty(0, dtype=np.int64)).shape == (0, columns)
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_smaller_tables(bits: int, of_kind: Any, packed: Any, each_set: Walk) -> None:
-    for rows, columns, block in SHAPES:
-        weight = packed(of_kind(bits, "table"), rows, columns, block)
-        x = np.random.default_rng(2).normal(size=(9, columns)).astype(np.float32)
-        fast = np.empty((9, rows), dtype=np.float32)
-        reference.Laid(weight).product(x, fast, False, 1)
-        for _ in each_set():
-            laid = kernels.lay(*weight)
-            np.testing.assert_array_equal(kernels.rows_of(laid, np.arange(rows)), decoded(weight))
-            np.testing.assert_allclose(kernels.product(x, laid), x @ decoded(weight).T, rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(kernels.product(x, laid, False), fast, rtol=1e-4, atol=1e-4)
-            same_bytes(restored(laid, weight, 1), weight)
-
-
 @pytest.mark.parametrize(("bits", "levels", "block"), [(1, "from 0", 64), (5, "table", 64), (8, "table", 172), (4, "whole", 24),
-                                                        (4, "whole", 7), (3, "table", 8)])  # fmt: skip
-def test_what_has_no_layout_is_decoded_once(bits: int, levels: str, block: int, of_kind: Any, packed: Any, each_set: Walk) -> None:
+                                                        (4, "whole", 7), (3, "table", 64), (4, "table", 64)])  # fmt: skip
+def test_what_has_no_layout_is_decoded_once(
+    bits: int, levels: str, block: int, of_kind: Any, packed: Any, each_set: Walk
+) -> None:
     weight = packed(of_kind(bits, levels, "any"), 17, 172, block)
     x = np.random.default_rng(3).normal(size=(9, 172)).astype(np.float32)
     for _ in each_set():
@@ -121,7 +110,9 @@ def test_float_weights(kind: str, transposed: bool, each_set: Walk) -> None:
         answers = set()
         for _ in each_set():
             for threads in (1, 2):
-                laid = kernels.lay_floats(np.ascontiguousarray(stored.T) if transposed else stored, kind, transposed, threads=threads)
+                laid = kernels.lay_floats(
+                    np.ascontiguousarray(stored.T) if transposed else stored, kind, transposed, threads=threads
+                )
                 assert (laid.rows, laid.columns, laid.holds_codes) == (rows, columns, False)
                 np.testing.assert_array_equal(kernels.rows_of(laid, np.arange(rows)), wide)
                 got = kernels.product(x, laid, threads=threads)

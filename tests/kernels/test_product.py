@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nybble import kernels
 from nybble.kernels import reference
-from nybble.kernels.arguments import BLOCK, Floats, Packed
+from nybble.kernels.arguments import BLOCK, Floats, Packed, Parameter
 
 ROUNDING = 2.0**-24
 """Largest relative error of one float32 operation."""
@@ -50,7 +50,10 @@ def fast_bound(x: Floats, weight: Packed) -> Rows:
     the last product and the reference."""
     codes, scale = kernels.quantize_activations(x)
     wide = np.abs(codes).astype(np.float64) * np.repeat(scale.astype(np.float64), BLOCK, axis=1)
-    spread = lambda p: np.repeat(np.abs(p.astype(np.float64)), weight.block, axis=1)[:, : weight.columns]  # noqa: E731
+
+    def spread(parameter: Parameter) -> Rows:
+        return np.repeat(np.abs(parameter.astype(np.float64)), weight.block, axis=1)[:, : weight.columns]
+
     numbers = np.abs(weight.levels.astype(np.float64))[stored_codes(weight)]
     if weight.offset is not None:
         numbers = numbers + spread(weight.offset)
@@ -204,6 +207,16 @@ def test_levels_far_from_zero(each_set: Walk) -> None:
             np.testing.assert_allclose(kernels.product(x, laid, exact), 64 * 127 * 1e6, rtol=1e-6)
 
 
+def test_columns_that_fill_up_a_unit_do_not_count(each_set: Walk) -> None:
+    """Code 0 there stands for -8, and -8 times this scale is no float32 any more: infinity times zero would show."""
+    levels, scale = np.arange(16, dtype=np.float32) - 8, np.full((1, 1), 1e38, dtype=np.float32)
+    x = np.full((9, 33), 1e-38, dtype=np.float32)
+    for _ in each_set():
+        laid = kernels.lay(kernels.pack(np.full((1, 33), 9, dtype=np.uint8), 4), 33, 4, levels, 33, scale)
+        for count in COUNTS[:7]:
+            np.testing.assert_allclose(kernels.product(x[:count], laid), 33, rtol=1e-6)
+
+
 def test_a_weight_without_columns(python: Callable[..., Any]) -> None:
     """In a process of its own: it divides by the size of a tile."""
     code = """
@@ -260,7 +273,9 @@ def test_quantized_activations_are_those_of_the_reference(each_set: Walk) -> Non
             np.testing.assert_array_equal(got_scale, scale)
         assert np.abs(codes).max() <= 127
         finite = np.isfinite(x).all(1)
-        error = np.abs(codes[finite].astype(np.float64)[:, :columns] * np.repeat(scale[finite], BLOCK, axis=1)[:, :columns] - x[finite])
+        error = np.abs(
+            codes[finite].astype(np.float64)[:, :columns] * np.repeat(scale[finite], BLOCK, axis=1)[:, :columns] - x[finite]
+        )
         assert (error <= np.repeat(scale[finite], BLOCK, axis=1)[:, :columns].astype(np.float64) * 0.50001 + 1e-30).all()
 
 

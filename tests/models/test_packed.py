@@ -53,7 +53,6 @@ def test_linear_equals_the_product_with_the_decoded_weight(spec: str, shape: tup
     assert packed.linear(torch.ones(2, 3, shape[1]), None).shape == (2, 3, shape[0])
 
 
-
 @pytest.mark.parametrize("tokens", [2, 30])
 def test_gradients_reach_the_activations(tokens: int) -> None:
     tensor, packed = make("int4:g32", (24, 64))

@@ -27,6 +27,10 @@ def pick(records: list[Record], variant: str) -> Record:
     return next(r for r in records if r.variant == variant)
 
 
+def verdict_of(records: list[Record]) -> str:
+    return state_verdict(records, [judge_variant(r, records[0]) for r in records])
+
+
 def levels(records: list[Record]) -> dict[str, str]:
     baseline = find_baseline(records)
     return {r.variant: judge_variant(r, baseline).level for r in records}
@@ -86,7 +90,13 @@ def test_verdict_names_the_smallest_within_the_bound_and_the_broken(records: lis
     verdict = state_verdict(records, judgements)
     assert verdict.startswith("nf4:g64,dq is the smallest variant whose mean KL stays within 0.1 nats (0.038)")
     assert "12.9 % of fp32's 23.6 MB" in verdict
-    assert "2.24 times as fast as fp32" in verdict
+    assert baseline is not None
+    own, reference = records[chosen].engine, baseline.engine
+    assert own is not None
+    assert reference is not None
+    ratio = reference.seconds_50_tokens / own.seconds_50_tokens
+    assert f"the engine writes 50 tokens in {own.seconds_50_tokens:.4f} s, {ratio:.2f} times as fast as fp32 there" in verdict
+    assert f"(torch's generate: {records[chosen].seconds_50_tokens:.3f} s, 9.7 times as long)" in verdict
     assert "The smallest without a noticeable loss is int8:tensor" in verdict
     assert verdict.endswith("int3:g64 and int2:g64 are broken and should not be used.")
 
@@ -95,8 +105,20 @@ def test_verdict_without_quality_speaks_of_size_and_speed(records: list[Record],
     random = change(records, perplexity=None, kl_mean=None)
     verdict = state_verdict(random, [judge_variant(r, random[0]) for r in random])
     assert verdict.startswith("Quality was not measured. The smallest variant is int2:g64 with 1.67 MB")
-    assert "the fastest is int2:g64" in verdict
+    assert "the fastest in the engine is int2:g64" in verdict
     assert "broken" not in verdict
+
+
+def test_verdict_speaks_of_torch_where_the_engine_did_not_decode(
+    records: list[Record], change: Callable[..., list[Record]]
+) -> None:
+    old = change(records, engine=None)
+    assert "torch's generate writes 50 tokens in 0.220 s, 2.24 times as fast as fp32" in verdict_of(old)
+    half = [old[0], *records[1:]]  # ratios never mix the two
+    assert "torch's generate writes 50 tokens in 0.220 s, 2.24 times as fast as fp32" in verdict_of(half)
+    assert "engine" not in verdict_of(half)
+    random = change(old, perplexity=None, kl_mean=None)
+    assert "the fastest in torch's generate is int2:g64" in verdict_of(random)
 
 
 def test_verdict_when_every_variant_is_broken(records: list[Record]) -> None:

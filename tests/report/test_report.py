@@ -21,7 +21,7 @@ import pytest
 from hostile import HOSTILE, poison
 
 from nybble.errors import InputError, OutputError
-from nybble.evaluate.record import LayerRecord, Record
+from nybble.evaluate.record import LayerRecord, Record, read_results
 from nybble.report import write_report
 from nybble.report.drawing import PALETTE, clean_label
 from nybble.report.markdown import escape, render_markdown
@@ -282,6 +282,31 @@ def test_few_records(tmp_path: Path, records: list[Record], chosen: slice) -> No
     assert all(r.variant in text for r in records[chosen])
 
 
+def test_records_older_than_the_engine_are_reported_as_before(
+    tmp_path: Path, records: list[Record], change: Callable[..., list[Record]]
+) -> None:
+    lines = []
+    for record in change(records[:8], engine=None):
+        data = json.loads(record.to_line())
+        del data["engine"]
+        lines.append(json.dumps(data))
+    (tmp_path / "results.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_report(read_results(tmp_path / "results.jsonl"), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "engine" not in re.sub(r"<(script|style).*?</\1>", "", text, flags=re.DOTALL)
+    assert "torch&#39;s generate writes 50 tokens" in text
+
+
+def test_the_page_labels_both_speeds(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for part in (
+        "and the engine writes 50 tokens in", "(torch&#39;s generate:", "50 tokens, engine", "Engine speed", "torch speed",
+        "activations rounded to int8 where weights have codes; f16 cache, avx512vnni, 2 threads",
+    ):  # fmt: skip
+        assert part in text, part
+    assert "engine: 50 tokens (s)" in page.with_suffix(".md").read_text("utf-8")
+
+
 def test_runs_mixed_are_said(tmp_path: Path, records: list[Record]) -> None:
     other = replace(records[1], run=replace(records[1].run, id="another"))
     write_report([records[0], other], tmp_path / "report.html")
@@ -305,6 +330,12 @@ def test_empty_and_malformed_records(tmp_path: Path, records: list[Record]) -> N
         ({"perplexity": "<b>"}, r"record 1: perplexity is '<b>', not a number"),
         ({"weight_bytes": None}, "weight_bytes is None"),
         ({"variant": 3}, "variant is 3, not a text"),
+        (
+            {"engine": replace(records[0].engine, seconds_50_tokens="<b>")},
+            r"record 1: the engine's seconds_50_tokens is '<b>', not float",
+        ),
+        ({"engine": replace(records[0].engine, seconds_50_tokens_runs=[None])}, r"seconds_50_tokens_runs is \[None\]"),
+        ({"engine": replace(records[0].engine, cache=3)}, "cache is 3, not str"),
         ({"model_histogram": ["1"]}, "histogram of 'the model'"),
         ({"layers": [LayerRecord("w", 0, "linear", (1, 1), "x", 4, 0.1, 1.0, [-1])]}, "histogram of 'w'"),
     ]

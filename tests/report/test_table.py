@@ -56,10 +56,14 @@ def test_differences_are_to_fp32(records: list[Record]) -> None:
     fp32, nf4 = records[0], next(r for r in records if r.variant == "nf4:g64")
     assert fp32.seconds_50_tokens
     assert nf4.seconds_50_tokens
+    assert fp32.engine
+    assert nf4.engine
     assert fp32.perplexity
     assert nf4.perplexity
     assert cell(table, "nf4:g64", "share").value == nf4.weight_bytes / fp32.weight_bytes
-    assert cell(table, "nf4:g64", "speedup").value == fp32.seconds_50_tokens / nf4.seconds_50_tokens
+    engine = fp32.engine.seconds_50_tokens / nf4.engine.seconds_50_tokens
+    assert cell(table, "nf4:g64", "speedup").value == engine
+    assert cell(table, "nf4:g64", "torch_speedup").value == fp32.seconds_50_tokens / nf4.seconds_50_tokens != engine
     assert cell(table, "nf4:g64", "change").value == pytest.approx(nf4.perplexity / fp32.perplexity - 1)
     assert cell(table, "fp32", "change").text == "0"
     assert cell(table, "fp32", "share").text == "100.0"
@@ -69,9 +73,14 @@ def test_growth_spread_and_limit_are_beside_the_figure(records: list[Record]) ->
     table = summary_table(records)
     resident = cell(table, "fp32", "resident")
     assert resident.detail == "+33.2"
-    seconds = cell(table, "fp32", "seconds")
-    assert seconds.title.startswith("5 runs, 0.476 to 0.530 s")
-    assert "memory bandwidth allows" in cell(table, "fp32", "rate").title
+    assert cell(table, "fp32", "torch_seconds").title.startswith("5 runs, 0.476 to 0.530 s")
+    assert cell(table, "fp32", "seconds").title.startswith("5 runs, 0.0602 to 0.0675 s")
+    assert "memory bandwidth allows" in cell(table, "fp32", "torch_rate").title
+    assert cell(table, "fp32", "engine_resident").detail == "+27.0"
+    share = cell(table, "fp32", "bandwidth")
+    assert share.text == format_percent(share.value)
+    assert share.title == "23.7 MB read per token; above 100 % they come from the processor's caches"
+    assert cell(table, "int4:g64", "bandwidth").title == "3.20 MB read per token"
     assert cell(table, "int4:g64", "kl").detail == "±0.0018"
 
 
@@ -89,7 +98,7 @@ def test_best_is_never_a_broken_variant_nor_fp32s_own_quality(records: list[Reco
 
 def test_without_fp32_there_are_no_differences(records: list[Record]) -> None:
     table = summary_table(records[3:])
-    for key in ("share", "speedup", "change"):
+    for key in ("share", "speedup", "torch_speedup", "change"):
         assert {cell(table, row.name, key).text for row in table.rows} == {"–"}
     assert cell(table, "int8:tensor", "kl").text == "0.00190"
 
@@ -105,6 +114,28 @@ def test_missing_values_are_dashes(records: list[Record], change: Callable[..., 
         assert cell(table, "fp16", key) == Cell(None, "–", "", cell(table, "fp16", key).title, False)
 
 
+def test_the_engine_is_the_headline_and_torch_beside_it(records: list[Record]) -> None:
+    columns = summary_table(records).columns
+    main = [c for c in columns if c.main and c.group.endswith("speed")]
+    assert [c.label for c in main] == [
+        "engine: 50 tokens", "engine: rate", "engine: vs fp32", "engine: bandwidth", "torch: 50 tokens",
+    ]  # fmt: skip
+    assert {c.by for c in columns if c.group == "Memory"} == {"engine", "torch"}
+
+
+def test_records_older_than_the_engine_show_torch_alone(records: list[Record], change: Callable[..., list[Record]]) -> None:
+    columns = summary_table(change(records, engine=None)).columns
+    assert not [c.key for c in columns if c.by == "engine" or c.group == "Engine speed"]
+    assert {"torch_seconds", "torch_rate", "torch_speedup"} <= {c.key for c in columns if c.main}
+
+
+def test_a_variant_that_the_engine_cannot_decode_has_dashes(records: list[Record]) -> None:
+    table = summary_table([records[0], replace(records[1], engine=None)])
+    for key in ("seconds", "rate", "speedup", "bandwidth", "prefill", "batch8", "engine_resident"):
+        assert cell(table, "fp16", key).text == "–"
+    assert cell(table, "fp16", "torch_seconds").value == records[1].seconds_50_tokens
+
+
 def test_heading_follows_the_number_of_tokens(records: list[Record], change: Callable[..., list[Record]]) -> None:
     assert "50 tokens" in {c.header for c in summary_table(records).columns}
     assert "20 tokens" in {c.header for c in summary_table(change(records, run={"new_tokens": 20})).columns}
@@ -112,5 +143,17 @@ def test_heading_follows_the_number_of_tokens(records: list[Record], change: Cal
 
 def test_short_form_has_what_a_terminal_needs(records: list[Record]) -> None:
     keys = [c.key for c in summary_table(records).columns if c.main]
-    assert {"bpw", "weights", "share", "resident", "seconds", "speedup", "perplexity", "kl", "top1"} <= set(keys)
+    assert {
+        "bpw",
+        "weights",
+        "share",
+        "resident",
+        "seconds",
+        "speedup",
+        "bandwidth",
+        "torch_seconds",
+        "perplexity",
+        "kl",
+        "top1",
+    } <= set(keys)
     assert len(keys) <= 14

@@ -12,6 +12,8 @@ from nybble.cli import console
 NAME = "compare"
 HELP = """Quantize a model several ways and measure memory, speed and quality of each, side by side.
 
+Speed is that of nybble's engine, with torch's generate beside it.
+
 \b
 nybble compare                                    the model that ships, offline, about four minutes
 nybble compare gpt2 --text wiki.txt               a hub model (downloaded) or a folder, on your text
@@ -82,7 +84,7 @@ def run(
     typer.echo(f"figures  {output / 'results.jsonl'}   plots  {output / 'plots'}   text  {output / 'report.md'}")
 
 
-LEAST_FIRST = ("share", "peak", "change", "rate", "top1", "bpw", "perplexity")
+LEAST_FIRST = ("share", "peak", "change", "rate", "torch_rate", "bandwidth", "top1", "bpw", "perplexity")
 """Columns that a narrow terminal goes without, in this order; the page has them all."""
 
 
@@ -96,7 +98,7 @@ def show(records: list) -> None:  # type: ignore[type-arg]  # list[Record], impo
     for i, column in enumerate(table.columns):
         if column.main:
             cells = [f"{row.cells[i].text} {row.cells[i].detail}".strip() for row in table.rows]
-            columns.append((column.key, f"{column.header}\n{column.unit}".strip(), cells))
+            columns.append((column.key, f"{column.by}\n{column.header}\n{column.unit}".strip(), cells))
     names = [row.name for row in table.rows]
     for key in LEAST_FIRST:
         if console.table_width([names, *(cells for _, _, cells in columns)], [h for _, h, _ in columns]) <= console.width():

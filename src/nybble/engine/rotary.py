@@ -27,6 +27,8 @@ def frequencies(config: Mapping[str, Any], dimensions: int) -> tuple[float, ...]
     if kind == "default":
         scaled = plain
     elif kind == "linear":
+        if not settings.get("factor"):
+            raise InputError("config.json has rotary positions of type 'linear' without 'factor'")
         scaled = plain / np.float32(settings["factor"])
     elif kind == "llama3":
         scaled = _llama3(plain, settings)

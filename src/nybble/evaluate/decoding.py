@@ -41,6 +41,7 @@ def seconds_since_start(spawned: float) -> float:
 
 def has_codes(folder: str | Path) -> bool:
     """Whether any weight of a folder is stored as codes, so that the engine rounds activations."""
+    folder = Path(folder)
     return is_native(folder) and any(not parse_format(spec).is_cast for spec, _ in open_native(folder).packed.values())
 
 

@@ -1,9 +1,9 @@
 """Weights on the CPU: packing codes, decoding them, and products with weights laid out for the kernels.
 
 The work is done by a C++ extension for the best instruction set of this machine, or by numpy (reference.py, the
-specification) where the extension was not built. NYBBLE_KERNELS=reference|scalar|avx2|avx2vnni|avx512|avx512vnni overrides
-the choice. No torch here: arrays are C-contiguous numpy arrays. The layout of stored codes is written down in reference.py,
-that of weights made ready for products (`lay`) in layout.hpp.
+specification) where the extension was not built. NYBBLE_KERNELS=reference|scalar|avx2|avx2vnni|avx512|avx512vnni|neon|neondot
+overrides the choice. No torch here: arrays are C-contiguous numpy arrays. The layout of stored codes is written down in
+reference.py, that of weights made ready for products (`lay`) in layout.hpp.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 ENVIRONMENT = "NYBBLE_KERNELS"
-_NAMES = ("reference", "scalar", "avx2", "avx2vnni", "avx512", "avx512vnni")
+_NAMES = ("reference", "scalar", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon", "neondot")
 
 
 def _load() -> ModuleType | None:
@@ -79,7 +79,7 @@ def native() -> ModuleType | None:
 
 
 def instruction_set() -> str:
-    """What does the work: "reference", "scalar", "avx2", "avx2vnni", "avx512" or "avx512vnni"."""
+    """What does the work: "reference", "scalar", "avx2", "avx2vnni", "avx512", "avx512vnni", "neon" or "neondot"."""
     return "reference" if _native is None else str(_native.instruction_set())
 
 

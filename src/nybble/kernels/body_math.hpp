@@ -8,7 +8,7 @@ using I = typename Lanes::I;
 // e^x within 2 units in the last place; x is clamped to [-87.3, 88.3] (1.2e-38 .. 2.2e38). Range reduction by ln 2 in two
 // parts, then a polynomial of degree 6 (Taylor; the remainder at ln 2 / 2 is 1.3e-8).
 inline F exponential(F x) {
-    x = Lanes::min(Lanes::max(x, Lanes::all(-87.3f)), Lanes::all(88.3f));
+    x = Lanes::min(Lanes::all(88.3f), Lanes::max(Lanes::all(-87.3f), x));  // in this order NaN stays NaN
     const I n = Lanes::to_whole(Lanes::mul(x, Lanes::all(1.44269504088896341f)));
     const F whole = Lanes::to_float(n);
     F r = Lanes::fma(whole, Lanes::all(-0.693359375f), x);
@@ -63,7 +63,7 @@ inline F activate(F x, Activation kind) {
         case Activation::silu:
             return logistic_times(x, x);
         case Activation::relu:
-            return Lanes::max(x, Lanes::all(0.0f));
+            return Lanes::max(Lanes::all(0.0f), x);
         case Activation::none:
             break;
     }

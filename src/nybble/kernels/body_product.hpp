@@ -339,7 +339,7 @@ inline void exact_tile(const Tiled& w, std::size_t tile, const Activations& x, s
     for (int t = 0; t < M; ++t) Lanes::store(to + t * kRows, Lanes::add(even[t], odd[t]));
 }
 
-// One token: values go from codes to sums without a stop in memory, in the same order.
+// One token and whole units: values go from codes to sums without a stop in memory, in the same order.
 template <int B, bool Table>
 static void exact_codes(const Tiled& w, std::size_t tile, const float* x, float* to) {
     const std::uint8_t* unit = w.data + tile * w.tile_bytes;
@@ -349,13 +349,7 @@ static void exact_codes(const Tiled& w, std::size_t tile, const float* x, float*
     F even = Lanes::all(0.0f), odd = even;
     for (std::size_t u = 0; u < w.units; ++u, unit += kLine * B) {
         const std::size_t begin = u * kUnit;
-        const std::size_t count = w.columns - begin < kUnit ? w.columns - begin : kUnit;
-        alignas(64) float some[kUnit] = {};
         const float* columns = x + begin;
-        if (count < kUnit) {  // zeros behind the last column: their products change nothing
-            __builtin_memcpy(some, columns, count * sizeof(float));
-            columns = some;
-        }
         F scale = even, offset = even;
         const auto grid = [&](std::size_t column) __attribute__((always_inline)) {
             std::size_t block = column / w.block;
@@ -393,7 +387,7 @@ static void exact_codes(const Tiled& w, std::size_t tile, const float* x, float*
 
 static void exact_one(const Tiled& w, std::size_t tile, const Activations& x, std::size_t m, float* to) {
     const float* row = x.values + m * x.stride;
-    if (w.holds != Holds::codes) return exact_tile<1>(w, tile, x, m, to);
+    if (w.holds != Holds::codes || w.columns % kUnit != 0) return exact_tile<1>(w, tile, x, m, to);
     if (w.table) return exact_codes<4, true>(w, tile, row, to);
     switch (w.bits) {
         case 2: return exact_codes<2, false>(w, tile, row, to);
@@ -497,7 +491,7 @@ static void product(const Tiled& w, const Activations& x, const Output& out, std
         const Corrections c = corrections(w, x, scratch);
         if (Lanes::kTokens >= 4 && x.count <= kPanel) return fast_group<Lanes::kTokens >= 4 ? 8 : 1>(w, x, 0, out, first, last, c);
         // So many tiles that they stay in the second cache while one panel after the other meets them.
-        const std::size_t tile_bytes = w.units * kSteps * kLine, chunk = tile_bytes > kKept ? 1 : kKept / tile_bytes;
+        const std::size_t tile_bytes = w.units * kSteps * kLine, chunk = tile_bytes == 0 || tile_bytes > kKept ? 1 : kKept / tile_bytes;
         auto* bytes = static_cast<std::uint8_t*>(scratch) + correction_bytes(w, x.count);
         for (std::size_t begin = first; begin < last; begin += chunk) {
             const std::size_t end = last - begin < chunk ? last : begin + chunk;

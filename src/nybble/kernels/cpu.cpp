@@ -5,8 +5,17 @@
 #ifdef NYBBLE_X86
 #include <cpuid.h>
 #endif
+#if defined(NYBBLE_ARM64) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace nybble {
+
+#ifdef NYBBLE_ARM64
+extern const Kernels kNeon;
+extern const Kernels kNeonDot;
+#endif
+
 namespace {
 
 #ifdef NYBBLE_X86
@@ -31,6 +40,19 @@ struct Machine {
 };
 #endif
 
+#ifdef NYBBLE_ARM64
+// The dot product of bytes: every Apple machine has it; Linux tells; where nobody tells, plain NEON serves.
+bool has_dot() {
+#if defined(__APPLE__)
+    return true;
+#elif defined(__linux__)
+    return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP, which old headers do not name
+#else
+    return false;
+#endif
+}
+#endif
+
 std::atomic<const Kernels*> active{nullptr};
 
 }  // namespace
@@ -43,6 +65,10 @@ std::vector<const Kernels*> usable() {
     if (machine.avx2vnni) out.push_back(&kAvx2Vnni);
     if (machine.avx512) out.push_back(&kAvx512);
     if (machine.avx512vnni) out.push_back(&kAvx512Vnni);
+#endif
+#ifdef NYBBLE_ARM64
+    out.push_back(&kNeon);
+    if (has_dot()) out.push_back(&kNeonDot);
 #endif
     return out;
 }

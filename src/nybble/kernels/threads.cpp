@@ -11,7 +11,9 @@
 namespace nybble {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 to 100 microseconds: the gap between two tokens, not the pause of a reader
+// Waiting spins for some 30 to 100 microseconds, the gap between two operations or tokens, and then sleeps: a thread that spins
+// on a busy machine keeps the very thread it waits for from running.
+constexpr int kSpins = 3000;
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -43,11 +45,12 @@ class Pool {
         round_.fetch_add(1, std::memory_order_seq_cst);
         if (asleep_.load(std::memory_order_seq_cst) != 0) round_.notify_all();
         body(0);
-        for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
-            if (spins < kSpins)
+        int spins = 0;
+        for (int busy; (busy = busy_.load(std::memory_order_acquire)) != 0;) {
+            if (++spins < kSpins)
                 relax();
             else
-                std::this_thread::yield();
+                busy_.wait(busy, std::memory_order_acquire);
         }
     }
 
@@ -68,7 +71,7 @@ class Pool {
             }
             seen = round_.load(std::memory_order_acquire);  // no further: the next round waits until this one is done
             if (index < wanted_.load(std::memory_order_relaxed)) (*body_)(index);
-            busy_.fetch_sub(1, std::memory_order_release);
+            if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
         }
     }
 
@@ -101,13 +104,14 @@ void Barrier::wait() {
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
         arrived_.store(0, std::memory_order_relaxed);
         round_.store(round + 1, std::memory_order_release);
+        round_.notify_all();
         return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
         if (spins < kSpins)
             relax();
         else
-            std::this_thread::yield();
+            round_.wait(round, std::memory_order_acquire);
     }
 }
 

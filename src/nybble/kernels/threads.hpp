@@ -9,7 +9,7 @@ namespace nybble {
 
 inline constexpr int kMaxThreads = 1024;
 
-// Where the threads of one region wait for each other. Spins, then yields: a core may be shared.
+// Where the threads of one region wait for each other.
 class Barrier {
   public:
     explicit Barrier(int threads) : threads_(threads) {}

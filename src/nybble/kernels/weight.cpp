@@ -17,6 +17,7 @@
 namespace nybble {
 namespace {
 
+constexpr std::int32_t kFar = 1 << 16;  // levels from here on would leave 32 bits when they are summed
 constexpr std::size_t kMapped = std::size_t(1) << 18;  // bytes from which memory is mapped
 
 void give_back(const void* from, std::size_t bytes) {
@@ -118,8 +119,9 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
     w.halves = w.blocks > 1 && w.block == kUnit / 2;
     const bool fits = (w.blocks <= 1 || w.halves || w.block % kUnit == 0) && source.bits >= 2;
     w.table = !source.affine;
-    if (w.table && source.bits > 4) w.table = false;
-    const bool readable = fits && (source.affine || source.bits <= 4);
+    // The products know whole numbers of 2 to 8 bits and tables of sixteen levels without offsets.
+    const bool near = source.shift >= -kFar && source.shift <= kFar;
+    const bool readable = fits && ((source.affine && near) || (!source.affine && source.bits == 4 && source.offset == nullptr));
     const std::size_t shared = source.scale_stride == 0 ? 1 : w.rows;
     parameter_rows = shared;
     if (!readable) {  // blocks or levels that no kernel knows: decoded once, correct and large
@@ -142,37 +144,21 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
     }
     w.base = -source.shift;
     for (std::size_t i = 0; i < 16; ++i) w.levels[i] = source.levels[i];
-    if (w.table) {
-        w.bits = 4;  // smaller tables in nibbles: none is in use
-        byte_levels(w);
-    }
+    if (w.table) byte_levels(w);
     w.tile_bytes = w.units * kLine * std::size_t(w.bits);
     data_ = Memory(w.tiles * w.tile_bytes, true);
     w.data = data_.as();
     const std::size_t padded_bytes = kRows * w.units * kUnit;
     const std::size_t group = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, w.tile_bytes));
-    Memory scratch(2 * padded_bytes * std::size_t(threads));
-    // A row's last bytes may lie near the end of the buffer: kernels that read whole words get a copy of it.
+    Memory scratch(padded_bytes * std::size_t(threads));
     parallel((w.tiles + group - 1) / group, threads, [&](std::size_t g, int worker) {
         const std::uint8_t* rows[kRows];
-        std::uint8_t* mine = scratch.as() + 2 * padded_bytes * std::size_t(worker);
+        std::uint8_t* mine = scratch.as() + padded_bytes * std::size_t(worker);
         const std::size_t end = std::min(w.tiles, (g + 1) * group);
         for (std::size_t t = g * group; t < end; ++t) {
             for (std::size_t r = 0; r < kRows; ++r)
                 rows[r] = t * kRows + r < w.rows ? source.packed + (t * kRows + r) * source.row_bytes : nullptr;
-            if (w.bits == source.bits) {
-                run.tile_codes(rows, w.columns, w.units, w.bits, data_.as() + t * w.tile_bytes, mine);
-                continue;
-            }
-            for (std::size_t r = 0; r < kRows; ++r) {  // a table of fewer bits: one code a byte, then nibbles
-                if (rows[r] == nullptr) continue;
-                std::uint8_t* codes = mine + padded_bytes;
-                run.unpack(rows[r], codes, 1, w.columns, source.bits);
-                run.pack(codes, mine + r * ((w.columns + 1) / 2), 1, w.columns, 4);
-                rows[r] = mine + r * ((w.columns + 1) / 2);
-            }
-            std::vector<std::uint8_t> again(padded_bytes);
-            run.tile_codes(rows, w.columns, w.units, 4, data_.as() + t * w.tile_bytes, again.data());
+            run.tile_codes(rows, w.columns, w.units, w.bits, data_.as() + t * w.tile_bytes, mine);
         }
         if (drop) give_back(source.packed + g * group * kRows * source.row_bytes,
                             (std::min(w.rows, end * kRows) - g * group * kRows) * source.row_bytes);

@@ -110,7 +110,7 @@ class PackedWeight(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """Suffix -> tensor as stored: the buffers themselves, or copies of what is in the kernel layout."""
-        with _changing:
+        with _changing, torch.inference_mode(False):  # tensors made under it could not be written to later
             tensors = {name: value for name, value in self._buffers.items() if value is not None}
             if self._laid is None:
                 return tensors
@@ -249,7 +249,10 @@ class PackedWeight(nn.Module):
     def product(self, x: Tensor, exact: bool) -> Tensor:
         """x [..., K] times the transposed weight: [..., N], in the dtype of x; `exact` as in `kernels.product`.
 
-        On the CPU the kernels do it, for any number of rows; elsewhere torch does, with the decoded weight.
+        On the CPU the kernels do it, for any number of rows; elsewhere torch does, with the decoded weight. (Measured on a
+        busy Zen 4, int4:g32 [3072, 768], exact, ms for 1, 32, 128, 512 rows: 0.3, 1.3, 2.8, 28; decoding and multiplying
+        0.5, 1.8, 6.6, 56. Decoding won only where one row on two threads waited for the other, busy core: 0.32 against 0.18
+        for [2304, 768], which one thread did in 0.11.)
         """
         rows, columns = self.shape
         if x.shape[-1] != columns:

@@ -16,13 +16,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from nybble.errors import InputError, OutputError
-from nybble.evaluate.record import Record
+from nybble.evaluate.record import EngineRecord, Record
+from nybble.report.column import Column
 from nybble.report.judge import find_baseline, judge_variant
-from nybble.report.table import Column, Row, Table, summary_table
+from nybble.report.table import Row, Table, summary_table
 
 __all__ = ["Column", "Row", "Table", "summary_table", "write_report"]
 
 _NUMBERS = {f.name: "None" in str(f.type) for f in dataclasses.fields(Record) if str(f.type).split(" ")[0] in ("int", "float")}
+_ENGINE = {f.name: str(f.type) for f in dataclasses.fields(EngineRecord)}
 _TEXTS = ("variant", "format", "method", "plan_hash", "sample_greedy", "sample_top_k")
 
 
@@ -76,12 +78,27 @@ def _check(records: list[Record]) -> None:
             value = getattr(record, name)
             if value is not None and not isinstance(value, str):
                 raise InputError(f"record {i}: {name} is {value!r:.60}, not a text; measure again with nybble compare")
+        for name, kind in _ENGINE.items() if record.engine else ():
+            value = getattr(record.engine, name)
+            if not _is_of(value, kind):
+                raise InputError(
+                    f"record {i}: the engine's {name} is {value!r:.60}, not {kind}; measure again with nybble compare"
+                )
         for where, counts in (
             ("the model", record.model_histogram),
             *((layer.name, layer.histogram) for layer in record.layers),
         ):
             if not isinstance(counts, list) or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts):
                 raise InputError(f"record {i}: the histogram of {where!r:.80} is not a list of counts; measure again")
+
+
+def _is_of(value: object, kind: str) -> bool:
+    """Whether a field of EngineRecord holds what its annotation says."""
+    if kind == "str":
+        return isinstance(value, str)
+    if kind == "list[float]":
+        return isinstance(value, list) and all(_is_of(item, "float") for item in value)
+    return (value is None and "None" in kind) or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _write_all(files: dict[Path, bytes], stale: list[Path]) -> None:

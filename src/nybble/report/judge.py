@@ -170,12 +170,37 @@ def _describe_choice(record: Record, name: str, judgement: Judgement, baseline: 
     if baseline.weight_bytes:
         share = format_percent(record.weight_bytes / baseline.weight_bytes)
         text += f", {share} % of fp32's {format_megabytes(baseline.weight_bytes)} MB"
-    own, reference = number(record.seconds_50_tokens), number(baseline.seconds_50_tokens)
-    if own and reference:
-        ratio = reference / own
-        speed = f"{ratio:.2f} times as fast as fp32" if ratio >= 0.995 else f"{1 / ratio:.2f} times as long as fp32 takes"
-        text += f", and it writes {record.run.new_tokens} tokens in {format_significant(own)} s, {speed}"
+    text += _describe_speed(record, baseline)
     return text + (". The loss is noticeable." if judgement.level == "noticeable" else ".")
+
+
+def _describe_speed(record: Record, baseline: Record) -> str:
+    """A clause with its seconds, by the engine where that decoded both records, and torch's beside them."""
+    count = record.run.new_tokens
+    torch, torch_reference = number(record.seconds_50_tokens), number(baseline.seconds_50_tokens)
+    own, reference = engine_seconds(record), engine_seconds(baseline)
+    if own and reference:
+        text = f", and the engine writes {count} tokens in {format_significant(own)} s, {_compare_speed(own, reference)} there"
+        return text + (f" (torch's generate: {format_significant(torch)} s, {_relate(own, torch)})" if torch else "")
+    if torch and torch_reference:
+        speed = _compare_speed(torch, torch_reference)
+        return f", and torch's generate writes {count} tokens in {format_significant(torch)} s, {speed}"
+    return ""
+
+
+def _compare_speed(own: float, reference: float) -> str:
+    ratio = reference / own
+    return f"{ratio:.2f} times as fast as fp32" if ratio >= 0.995 else f"{1 / ratio:.2f} times as long as fp32 takes"
+
+
+def _relate(engine: float, torch: float) -> str:
+    ratio = torch / engine
+    return f"{ratio:.1f} times as long" if ratio >= 1 else f"{1 / ratio:.1f} times as fast"
+
+
+def engine_seconds(record: Record) -> float | None:
+    """Seconds of the engine for the new tokens; None where it did not decode the variant."""
+    return number(record.engine.seconds_50_tokens) if record.engine else None
 
 
 def _describe_sizes(records: list[Record], names: list[str], baseline: Record | None) -> str:
@@ -183,11 +208,13 @@ def _describe_sizes(records: list[Record], names: list[str], baseline: Record | 
     size = format_megabytes(records[smallest].weight_bytes)
     text = f"Quality was not measured. The smallest variant is {names[smallest]} with {size} MB of weights"
     text += _share(records[smallest], baseline)
-    timed = [i for i, r in enumerate(records) if number(r.seconds_50_tokens)]
+    by_engine = {i: seconds for i, r in enumerate(records) if (seconds := engine_seconds(r))}
+    by_torch = {i: seconds for i, r in enumerate(records) if (seconds := number(r.seconds_50_tokens))}
+    timed, what = (by_engine, "the engine") if by_engine else (by_torch, "torch's generate")
     if timed:
-        fastest = min(timed, key=lambda i: (number(records[i].seconds_50_tokens) or math.inf, i))
+        fastest = min(timed, key=lambda i: (timed[i], i))
         text += (
-            f"; the fastest is {names[fastest]} with {format_significant(records[fastest].seconds_50_tokens)} s "
+            f"; the fastest in {what} is {names[fastest]} with {format_significant(timed[fastest])} s "
             f"for {records[fastest].run.new_tokens} tokens"
         )
     return text + "."

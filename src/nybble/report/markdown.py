@@ -18,7 +18,7 @@ from nybble.report.judge import (
     list_warnings,
     state_verdict,
 )
-from nybble.report.page import LEVEL_WORDS, collect_notes, describe_run, explain_missing_quality
+from nybble.report.page import LEVEL_WORDS, collect_notes, describe_engine, describe_run, explain_missing_quality
 from nybble.report.table import summary_table
 
 
@@ -84,7 +84,7 @@ def render_markdown(records: list[Record], plots: dict[str, Plot]) -> str:
     lines += [
         "## Where the figures come from",
         "",
-        *(f"- {term}: {escape(words)}" for term, words in describe_run(records[0])),
+        *(f"- {term}: {escape(words)}" for term, words in describe_run(records[0]) + describe_engine(records)),
         "",
     ]
     return "\n".join(lines)
@@ -94,8 +94,7 @@ def _table(records: list[Record]) -> list[str]:
     table = summary_table(records)
     chosen = [k for k, column in enumerate(table.columns) if column.main]
     heads = [
-        f"{table.columns[k].header} ({table.columns[k].unit})" if table.columns[k].unit else table.columns[k].header
-        for k in chosen
+        f"{table.columns[k].label} ({table.columns[k].unit})" if table.columns[k].unit else table.columns[k].label for k in chosen
     ]
     lines = [f"| variant | {' | '.join(heads)} | verdict |", f"| :-- | {' | '.join('--:' for _ in chosen)} | :-- |"]
     for row in table.rows:

@@ -10,7 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from nybble.evaluate.record import Record
 from nybble.report.drawing import PALETTE, Plot, clean_label, new_figure, render
 from nybble.report.figures import MB, format_significant, number
-from nybble.report.judge import KL_BOUND, find_family, name_variants
+from nybble.report.judge import KL_BOUND, engine_seconds, find_family, name_variants
 
 Value = Callable[[Record], float | None]
 
@@ -19,9 +19,13 @@ def draw_overview(records: list[Record]) -> Plot | None:
     """A row a variant, a panel a question: weights in MB, seconds for the new tokens, mean KL (logarithmic)."""
     names = [clean_label(n) for n in name_variants(records)]
     count = records[0].run.new_tokens
+    by_engine = any(engine_seconds(r) for r in records)
+    seconds: tuple[str, Value] = (f"Seconds for {count} tokens, torch", lambda r: number(r.seconds_50_tokens))
+    if by_engine:
+        seconds = (f"{count} tokens, s: engine (torch)", engine_seconds)
     panels: list[tuple[str, Value]] = [
         ("Weights, MB", lambda r: r.weight_bytes / MB),
-        (f"Seconds for {count} tokens", lambda r: number(r.seconds_50_tokens)),
+        seconds,
         ("Mean KL to the float model", lambda r: number(r.kl_mean)),
     ]
     panels = [panel for panel in panels if any(panel[1](r) for r in records)]
@@ -37,21 +41,26 @@ def draw_overview(records: list[Record]) -> Plot | None:
         axes.grid(axis="x")
         if title.startswith("Mean KL"):
             _draw_loss(axes, records, values)
+        elif value is engine_seconds:
+            beside = [f" ({format_significant(r.seconds_50_tokens)})" if number(r.seconds_50_tokens) else "" for r in records]
+            _draw_bars(axes, records, values, beside)
         else:
             _draw_bars(axes, records, values)
     grid[0].set_yticks(range(len(records)), names, color=PALETTE["ink"])
     grid[0].set_ylim(len(records) - 0.4, -0.6)
-    alt = "By variant: megabytes of weights, seconds for the new tokens, and mean KL from the float model."
+    by = "the engine (torch in parentheses)" if by_engine else "torch"
+    alt = f"By variant: megabytes of weights, seconds for the new tokens by {by}, and mean KL from the float model."
     return render(figure, "overview", "Size, speed and loss", alt)
 
 
-def _draw_bars(axes: Axes, records: list[Record], values: list[float | None]) -> None:
+def _draw_bars(axes: Axes, records: list[Record], values: list[float | None], beside: list[str] | None = None) -> None:
+    """A bar a record with its figure, and the text `beside` behind it."""
     shown = [value or 0.0 for value in values]
     axes.barh(range(len(records)), shown, height=0.62, color=[PALETTE[find_family(r)] for r in records])
     for i, value in enumerate(values):
-        text = "–" if value is None else format_significant(value)
+        text = ("–" if value is None else format_significant(value)) + (beside[i] if beside else "")
         axes.annotate(text, (shown[i], i), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_xlim(0, (max(shown) or 1.0) * 1.22)
+    axes.set_xlim(0, (max(shown) or 1.0) * (1.75 if beside else 1.22))
 
 
 def _draw_loss(axes: Axes, records: list[Record], values: list[float | None]) -> None:

@@ -27,6 +27,7 @@ from nybble.report.judge import (
     choose,
     compare_zero_point,
     count_runs,
+    engine_seconds,
     find_baseline,
     find_family,
     has_random_weights,
@@ -102,7 +103,7 @@ def render_page(records: list[Record], plots: dict[str, Plot]) -> str:
         model=records[0].run.model.get("name", "model"),
         verdict=state_verdict(records, judgements),
         tiles=list_tiles(records),
-        provenance=describe_run(records[0]),
+        provenance=describe_run(records[0]) + describe_engine(records),
         random=has_random_weights(records),
         runs=count_runs(records),
         table=table,
@@ -126,6 +127,7 @@ def render_page(records: list[Record], plots: dict[str, Plot]) -> str:
         prompt=records[0].run.prompt,
         bounds=bounds,
         text=records[0].run.text,
+        by_engine=any(r.engine for r in records),
         new_tokens=records[0].run.new_tokens,
         repeats=records[0].run.repeats,
         seed=records[0].run.seed,
@@ -179,6 +181,17 @@ def describe_run(record: Record) -> list[tuple[str, str]]:
     return rows
 
 
+def describe_engine(records: list[Record]) -> list[tuple[str, str]]:
+    """(term, words) of how the engine decoded; nothing where it decoded none."""
+    engines = [r.engine for r in records if r.engine]
+    if not engines:
+        return []
+    facts = dict.fromkeys(f"{e.cache} cache, {e.instruction_set}, {e.threads} threads" for e in engines)
+    rounded = any(e.activations == "int8" for e in engines)
+    activations = "activations rounded to int8 where weights have codes" if rounded else "float activations"
+    return [("Engine", f"{activations}; {'; '.join(facts)}")]
+
+
 def _count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "?"
 
@@ -191,9 +204,13 @@ def list_tiles(records: list[Record]) -> list[tuple[str, str, str]]:
         return []
     record = records[chosen]
     tiles = [("Weights", f"{format_megabytes(record.weight_bytes)} MB", f"fp32 {format_megabytes(baseline.weight_bytes)} MB")]
-    if number(record.seconds_50_tokens) and number(baseline.seconds_50_tokens):
-        own, reference = format_significant(record.seconds_50_tokens), format_significant(baseline.seconds_50_tokens)
-        tiles.append((f"{record.run.new_tokens} tokens", f"{own} s", f"fp32 {reference} s"))
+    torch, torch_reference = format_significant(record.seconds_50_tokens), format_significant(baseline.seconds_50_tokens)
+    own, reference = engine_seconds(record), engine_seconds(baseline)
+    if own and reference:
+        beside = f"fp32 {format_significant(reference)} s; torch {torch}, fp32 {torch_reference}"
+        tiles.append((f"{record.run.new_tokens} tokens, engine", f"{format_significant(own)} s", beside))
+    elif number(record.seconds_50_tokens) and number(baseline.seconds_50_tokens):
+        tiles.append((f"{record.run.new_tokens} tokens, torch", f"{torch} s", f"fp32 {torch_reference} s"))
     if number(record.perplexity) and number(baseline.perplexity):
         tiles.append(("Perplexity", f"{record.perplexity:.2f}", f"fp32 {baseline.perplexity:.2f}"))
     if number(record.top1_agreement) is not None:

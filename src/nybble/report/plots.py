@@ -19,11 +19,11 @@ from nybble.report.drawing import PALETTE, Plot, clean_label, new_figure, place_
 from nybble.report.figures import MB, format_significant, number
 from nybble.report.judge import FAMILIES, PERPLEXITY_FACTOR, Judgement, find_baseline, find_family, name_variants
 from nybble.report.overview import draw_overview
+from nybble.report.speed_plot import draw_speed
 
 PLOT_NAMES = ("overview", "memory", "speed", "quality", "histograms", "layers", "errors")
 LAYER_PANELS = 60
 ERROR_MAP = "cividis"
-LIMIT_SHOWN = 2.5
 
 
 def draw_all(records: list[Record], judgements: list[Judgement]) -> dict[str, Plot]:
@@ -84,67 +84,6 @@ def draw_memory(records: list[Record]) -> Plot | None:
     first.set_ylim(len(records) - 0.45, -0.55)
     alt = "Bars by variant: resident memory before loading, loaded, at its peak and after cleanup; bytes of the weights."
     return render(figure, "memory", "Memory", alt)
-
-
-def draw_speed(records: list[Record]) -> Plot | None:
-    """From FP32 to the fewest bits: seconds for the new tokens with their range, tokens per second with its limit."""
-    names = [clean_label(n) for n in name_variants(records)]
-    order = [i for i in range(len(records)) if number(records[i].seconds_50_tokens)]
-    order.sort(key=lambda i: (-records[i].bpw, i))
-    if not order:
-        return None
-    seconds = [number(records[i].seconds_50_tokens) or 0.0 for i in order]
-    ranges = [
-        [v for v in records[i].seconds_50_tokens_runs or [] if number(v) is not None] or [s]
-        for i, s in zip(order, seconds, strict=True)
-    ]
-    figure = new_figure(6.4)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    spread = [
-        [max(s - min(r), 0) for s, r in zip(seconds, ranges, strict=True)],
-        [max(max(r) - s, 0) for s, r in zip(seconds, ranges, strict=True)],
-    ]
-    places = range(len(order))
-    upper.plot(places, seconds, color=PALETTE["phase1"], linewidth=2, zorder=1)
-    upper.errorbar(places, seconds, yerr=spread, fmt="none", ecolor=PALETTE["muted"], elinewidth=1, capsize=3, zorder=2)
-    colours = [PALETTE[find_family(records[i])] for i in order]
-    upper.scatter(places, seconds, c=colours, s=44, zorder=3)
-    for x, s, r in zip(places, seconds, ranges, strict=True):
-        upper.annotate(format_significant(s), (x, max(*r, s)), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
-    count = records[order[0]].run.new_tokens
-    upper.set_title(f"Seconds for {count} new tokens, lowest to highest run (lower is better)")
-    upper.set_ylim(0, max(max(*r, s) for r, s in zip(ranges, seconds, strict=True)) * 1.18)
-    rates = [number(records[i].tokens_per_second) or 0.0 for i in order]
-    limits = [number(records[i].limit_tokens_per_second) for i in order]
-    lower.bar(places, rates, width=0.56, color=colours)
-    # One far limit would flatten every bar: beyond LIMIT_SHOWN times the fastest it is written at the upper edge.
-    top = max(rates) or 1.0
-    shown = [v for v in limits if v is not None and v <= LIMIT_SHOWN * top]
-    ceiling = max([top, *shown]) * 1.16
-    for x, rate, limit in zip(places, rates, limits, strict=True):
-        if rate:
-            lower.annotate(
-                format_significant(rate), (x, rate), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8
-            )
-        if limit is None:
-            continue
-        if limit <= LIMIT_SHOWN * top:
-            lower.plot([x - 0.36, x + 0.36], [limit, limit], color=PALETTE["limit"], linewidth=2)
-        else:
-            text = f"↑ {format_significant(limit)}"
-            lower.annotate(text, (x, ceiling), ha="center", va="top", fontsize=7.5, color=PALETTE["limit"])
-    note = " – line or arrow: what the memory bandwidth allows" if any(v is not None for v in limits) else ""
-    lower.set_title(f"Tokens per second (higher is better){note}")
-    lower.set_ylim(0, ceiling)
-    lower.set_xticks(places, [names[i] for i in order], rotation=32, ha="right", rotation_mode="anchor", color=PALETTE["ink"])
-    lower.set_xlim(-0.6, len(order) - 0.4)
-    for axes in (upper, lower):
-        axes.grid(axis="y")
-    alt = (
-        "Seconds for the new tokens by variant in order of falling bits, "
-        "with the range of the runs; tokens per second with the limit of memory bandwidth."
-    )
-    return render(figure, "speed", "Speed from FP32 to INT4", alt)
 
 
 def draw_quality(records: list[Record]) -> Plot | None:

@@ -13,7 +13,13 @@ TABLE = Architecture(
         "fc1": "mlp up",
         "fc2": "mlp down",
     },
-    others={"model.decoder.embed_tokens": "token table", "model.decoder.embed_positions": "position table", "lm_head": "head"},
+    others={
+        "model.decoder.embed_tokens": "token table",
+        "model.decoder.embed_positions": "position table",
+        "model.decoder.project_in": "projection of the token table",  # where embeddings are narrower than the model
+        "model.decoder.project_out": "projection to the token table",
+        "lm_head": "head",
+    },
     tied=("lm_head", "model.decoder.embed_tokens"),
     ties_by_default=True,
     decoding=Decoding(
