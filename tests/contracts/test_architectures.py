@@ -23,8 +23,8 @@ from nybble.run import tensor_bytes
 
 SPECS = ("int8:channel", "int4:g32,asym", "nf4:g64,dq")
 NAMES = (
-    "gpt2", "gpt2-untied", "gpt_neo", "llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi", "gemma", "gemma2", "gemma3", "opt",
-    "gpt_neox", "bloom", "falcon", "bert",
+    "gpt2", "gpt2-untied", "gpt_neo", "llama", "llama-tied", "mistral", "qwen2", "qwen3", "phi", "gemma", "gemma2", "gemma3",
+    "opt", "gpt_neox", "bloom", "falcon", "bert",
 )  # fmt: skip
 CASES = [(name, spec) for name in NAMES for spec in SPECS]
 
