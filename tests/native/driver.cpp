@@ -157,7 +157,7 @@ void products() {
                     const Stored s(bits, 35, columns, block, form == 2, form == 1);
                     const LaidWeight weight(s.weight, false, 2);
                     for (const std::size_t count : {1u, 4u, 9u}) products_of(weight, count);
-                    if (weight.tiled.bits != bits) continue;
+                    if (weight.tiled.holds != Holds::codes) continue;  // decoded once: nothing to restore
                     with_each([&] {
                         std::vector<std::uint8_t> packed(s.packed.size());
                         std::vector<float> scale(s.scale.size()), offset(s.offset.size());

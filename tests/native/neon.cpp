@@ -1,252 +1,18 @@
-// Compares NEON with plain C++, to the bit: every operation on sixteen lanes (lanes_neon.hpp), then every kernel, with random
-// and with hostile numbers. It needs no ARM machine, only a cross compiler and an emulator of its programs; from the root:
+// Compares NEON with plain C++, to the bit: every operation on sixteen lanes (neon_operations.cpp), then every kernel, with
+// random and with hostile numbers. It needs no ARM machine, only a cross compiler and an emulator of its programs:
 //
 //     aarch64-linux-gnu-g++ -std=c++20 -O1 -ffp-contract=off -march=armv8.2-a+dotprod -DNYBBLE_ARM64 -static -pthread
-//         -o build/neon tests/native/neon.cpp src/nybble/kernels/{weight,cpu,threads}.cpp && qemu-aarch64-static build/neon
+//         -o build/neon tests/native/neon*.cpp src/nybble/kernels/{weight,cpu,threads}.cpp
+//     qemu-aarch64-static build/neon
 //
 // The digest it ends with covers all results of plain C++, any NaN counted as one. Built on another machine without -march and
 // -DNYBBLE_ARM64 the same digest must come out.
-#include "../../src/nybble/kernels/cpu.hpp"
 #include "../../src/nybble/kernels/weight.hpp"
-
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <random>
-#include <string>
-#include <vector>
-
-// The instruction sets themselves, for their lanes; they are not linked a second time.
-#include "../../src/nybble/kernels/isa_scalar.cpp"
-#ifdef NYBBLE_ARM64
-#include <arm_neon.h>
-#undef NYBBLE_ISA
-#undef NYBBLE_TABLE
-#include "../../src/nybble/kernels/isa_neon.cpp"
-#undef NYBBLE_ISA
-#undef NYBBLE_TABLE
-#include "../../src/nybble/kernels/isa_neondot.cpp"
-#endif
+#include "compare.hpp"
 
 using namespace nybble;
 
 namespace {
-
-std::mt19937 random_bits(7);
-std::uint64_t digest = 14695981039346656037u;
-std::size_t compared = 0;
-
-std::size_t below(std::size_t count) { return random_bits() % count; }
-
-float float_of(std::uint32_t bits) {
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
-
-std::uint32_t bits_of(float v) {  // any NaN as one
-    std::uint32_t out;
-    std::memcpy(&out, &v, 4);
-    return v == v ? out : 0x7fc00000u;
-}
-
-float normal() { return (float(random_bits() >> 8) / 16777216.0f - 0.5f) * 4.0f; }
-
-// A number that conversions, comparisons or roundings may get wrong.
-float hostile() {
-    static const std::uint32_t some[] = {
-        0x00000000, 0x80000000, 0x3f800000, 0xbf800000, 0x7f800000, 0xff800000, 0x7fc00000, 0xffc00001, 0x00000001, 0x80000001,
-        0x007fffff, 0x00800000, 0x7f7fffff, 0xff7fffff, 0x4f000000, 0xcf000000, 0x4effffff, 0xcf000001, 0x3f000000, 0xbf000000,
-        0x3fc00000, 0x40200000, 0xbfc00000, 0x42fd0000, 0x42ff0000, 0x43000000, 0x43008000, 0xc3008000, 0x477fe000, 0x477fefff,
-        0x477ff000, 0xc77ff000, 0x33800000, 0x33000000, 0x33000001, 0x33c00000, 0x32ffffff, 0x38800000, 0x387fffff, 0x387fe000,
-        0x387fdfff, 0x387ff000, 0x3f801000, 0x3f803000, 0x3f801001, 0x42b17218, 0xc2aeac50, 0x0da24260, 0x0da2425f, 0x4b000001};
-    switch (below(4)) {
-        case 0: return float_of(std::uint32_t(random_bits()));
-        case 1: return normal();
-        default: return float_of(some[below(sizeof some / sizeof *some)]);
-    }
-}
-
-std::int32_t hostile_whole() {
-    static const std::int32_t some[] = {0, 1, -1, 127, 128, -127, -128, -129, 255, 256, 32767, 32768, -32769, 16777217, 33554433, INT32_MAX, INT32_MIN};
-    return below(2) == 0 ? std::int32_t(random_bits()) : some[below(sizeof some / sizeof *some)];
-}
-
-[[noreturn]] void fail(const std::string& what, const char* name, std::size_t at) {
-    std::fprintf(stderr, "neon: %s of %s differs at %zu\n", what.c_str(), name, at);
-    std::exit(1);
-}
-
-void note(const void* from, std::size_t bytes) {
-    const auto* at = static_cast<const std::uint8_t*>(from);
-    for (std::size_t i = 0; i < bytes; ++i) digest = (digest ^ at[i]) * 1099511628211u;
-}
-
-// Results of plain C++ go to the digest; those of `name` must be the same.
-template <class T>
-void same(const std::string& what, const char* name, const std::vector<T>& wanted, const std::vector<T>& got) {
-    for (std::size_t i = 0; i < wanted.size(); ++i) {
-        bool right;
-        if constexpr (std::is_same_v<T, float>)
-            right = bits_of(wanted[i]) == bits_of(got[i]);
-        else
-            right = wanted[i] == got[i];
-        if (!right) fail(what, name, i);
-    }
-    compared += wanted.size();
-}
-
-template <class T>
-void note(const std::vector<T>& values) {
-    for (const T v : values) {
-        if constexpr (std::is_same_v<T, float>) {
-            const std::uint32_t bits = bits_of(v);
-            note(&bits, 4);
-        } else {
-            note(&v, sizeof v);
-        }
-    }
-}
-
-// f(kernels) gives a vector: the same for every instruction set.
-template <class F>
-void with_each(const std::string& what, F f) {
-    const auto wanted = f(kScalar);
-    note(wanted);
-    for (const Kernels* k : usable())
-        if (k != &kScalar) same(what, k->name, wanted, f(*k));
-}
-
-// ---- operations ---------------------------------------------------------------------------------------------------------
-
-#ifdef NYBBLE_ARM64
-using S = scalar::Lanes;
-
-template <class L>
-struct Operations {
-    const char* name;
-    float x[16] = {}, y[16] = {}, z[16] = {};
-    std::int32_t p[16] = {}, q[16] = {};
-
-    void floats(const char* what, typename L::F got, S::F wanted) const {
-        std::vector<float> a(16), b(16);
-        L::store(a.data(), got);
-        S::store(b.data(), wanted);
-        same(what, name, b, a);
-    }
-    void wholes(const char* what, typename L::I got, S::I wanted) const {
-        std::vector<std::int32_t> a(16), b(16);
-        L::store_line(a.data(), got);
-        S::store_line(b.data(), wanted);
-        same(what, name, b, a);
-    }
-    template <int N>
-    void shifts() const {
-        wholes("right", L::template right<N>(L::line(p)), S::right<N>(S::line(p)));
-        wholes("left", L::template left<N>(L::line(p)), S::left<N>(S::line(p)));
-        if constexpr (N < 31) shifts<N + 1>();
-    }
-
-    void round() {
-        for (int i = 0; i < 16; ++i) {
-            x[i] = hostile();
-            y[i] = below(8) == 0 ? x[i] : hostile();
-            z[i] = hostile();
-            p[i] = hostile_whole();
-            q[i] = hostile_whole();
-        }
-        const auto a = L::load(x), b = L::load(y), c = L::load(z);
-        const auto d = S::load(x), e = S::load(y), f = S::load(z);
-        const auto m = L::line(p), n = L::line(q);
-        const auto u = S::line(p), v = S::line(q);
-        floats("load", a, d);
-        floats("all", L::all(x[3]), S::all(x[3]));
-        floats("add", L::add(a, b), S::add(d, e));
-        floats("sub", L::sub(a, b), S::sub(d, e));
-        floats("mul", L::mul(a, b), S::mul(d, e));
-        floats("div", L::div(a, b), S::div(d, e));
-        floats("fma", L::fma(a, b, c), S::fma(d, e, f));
-        floats("max", L::max(a, b), S::max(d, e));
-        floats("min", L::min(a, b), S::min(d, e));
-        floats("abs", L::abs(a), S::abs(d));
-        floats("sqrt", L::sqrt(a), S::sqrt(d));
-        floats("to_float", L::to_float(m), S::to_float(u));
-        floats("as_float", L::as_float(m), S::as_float(u));
-        floats("float_table", L::float_table(a, m), S::float_table(d, u));
-        wholes("line", m, u);
-        wholes("whole", L::whole(p[0]), S::whole(p[0]));
-        wholes("bytes", L::bytes(std::uint8_t(p[0])), S::bytes(std::uint8_t(p[0])));
-        wholes("four", L::four(reinterpret_cast<const std::int8_t*>(p) + 3), S::four(reinterpret_cast<const std::int8_t*>(p) + 3));
-        wholes("both", L::both(m, n), S::both(u, v));
-        wholes("either", L::either(m, n), S::either(u, v));
-        wholes("plus", L::plus(m, n), S::plus(u, v));
-        wholes("minus", L::minus(m, n), S::minus(u, v));
-        wholes("most", L::most(m, n), S::most(u, v));
-        wholes("to_whole", L::to_whole(a), S::to_whole(d));
-        wholes("as_whole", L::as_whole(a), S::as_whole(d));
-        const auto* bytes = reinterpret_cast<const std::uint8_t*>(q);
-        wholes("load_bytes", L::load_bytes(bytes), S::load_bytes(bytes));
-        wholes("byte_table", L::byte_table(bytes), S::byte_table(bytes));
-        wholes("look_up", L::look_up(L::byte_table(bytes), L::both(m, L::bytes(15))), S::look_up(S::byte_table(bytes), S::both(u, S::bytes(15))));
-        same<std::int32_t>("largest", name, {S::largest(u)}, {L::largest(m)});
-        std::vector<std::int8_t> low(16), wanted_low(16);
-        L::store_bytes(low.data(), m);
-        S::store_bytes(wanted_low.data(), u);
-        same("store_bytes", name, wanted_low, low);
-        halves(x);
-        shifts<1>();
-        dots();
-    }
-
-    // Halves compare as floats again where they are NaN: which NaN does not matter.
-    void halves(const float* values) const {
-        std::vector<std::uint16_t> a(16), b(16);
-        L::store_half(a.data(), L::load(values));
-        S::store_half(b.data(), S::load(values));
-        for (int i = 0; i < 16; ++i)
-            if (values[i] != values[i]) a[i] = b[i] = std::uint16_t((a[i] & 0x7fffu) > 0x7c00u && (b[i] & 0x7fffu) > 0x7c00u ? 0 : i);
-        same("store_half", name, b, a);
-        floats("load_half", L::load_half(b.data()), S::load_half(b.data()));
-        floats("load_bfloat", L::load_bfloat(b.data()), S::load_bfloat(b.data()));
-    }
-
-    // Codes of all sizes with activations from -127 to 127, full of the ends of both.
-    void dots() {
-        std::int32_t sums[16];
-        std::uint8_t w[64];
-        std::int8_t v[64];
-        const int kind = int(below(3));
-        for (int i = 0; i < 64; ++i) {
-            static const std::uint8_t ends[] = {0, 1, 127, 128, 129, 255};
-            w[i] = kind == 0 || below(2) == 0 ? ends[kind == 0 ? i / 16 : below(6)] : std::uint8_t(random_bits());
-            v[i] = below(3) == 0 ? std::int8_t(int(below(255)) - 127) : std::int8_t(below(2) == 0 || kind == 0 ? 127 : -127);
-        }
-        for (auto& s : sums) s = std::int32_t(random_bits()) / 4;
-        wholes("dot", L::dot(L::line(sums), L::line(w), L::line(v)), S::dot(S::line(sums), S::line(w), S::line(v)));
-        wholes("dot", L::dot(L::line(sums), L::line(w), L::four(v + 5)), S::dot(S::line(sums), S::line(w), S::four(v + 5)));
-        same<std::int32_t>("total", name, {S::total(S::right<4>(S::line(w)))}, {L::total(L::template right<4>(L::line(w)))});
-    }
-
-    void all() {
-        for (int i = 0; i < 4000; ++i) round();
-        for (std::uint32_t h = 0; h < 65536; h += 16) {
-            std::uint16_t at[16];
-            for (std::uint32_t i = 0; i < 16; ++i) at[i] = std::uint16_t(h + i);
-            floats("load_half", L::load_half(at), S::load_half(at));
-            floats("load_bfloat", L::load_bfloat(at), S::load_bfloat(at));
-        }
-        for (std::uint32_t top = 0; top < 65536; ++top) {  // every sign, exponent and begin of a fraction
-            float at[16];
-            for (std::uint32_t i = 0; i < 16; ++i) at[i] = float_of(top << 16 | (i < 8 ? 0x0ffcu + i : 0x8ffcu + i - 8));
-            halves(at);
-        }
-    }
-};
-#endif
-
-// ---- kernels ------------------------------------------------------------------------------------------------------------
-
-std::uint16_t half(float v) { return scalar::float_to_half(v); }
 
 // Rows to multiply or to normalize: tame ones, and those that break things.
 std::vector<float> rows_of(std::size_t kind, std::size_t rows, std::size_t columns) {
@@ -417,7 +183,8 @@ void single_rows() {
         for (const int form : {0, 1, 2, 3})
             with_each("norm_row", [&](const Kernels& k) {
                 std::vector<float> y(columns);
-                k.norm_row(x.data(), columns, {form % 2 == 0, 1e-5f, form > 0 ? gain.data() : nullptr, form > 1 ? gain.data() : nullptr}, y.data());
+                const float *by = form > 0 ? gain.data() : nullptr, *plus = form > 1 ? gain.data() : nullptr;
+                k.norm_row(x.data(), columns, {form % 2 == 0, 1e-5f, by, plus}, y.data());
                 return y;
             });
         for (int kind = 0; kind < 6; ++kind)
@@ -447,7 +214,8 @@ void attention() {
                         for (std::size_t p = 0; p < seen; ++p)
                             k.append({&shape, cache.data()}, p, keys.data() + p * depth, values.data() + p * depth);
                         // Halves that are NaN differ in their bits, so caches of numbers only are compared themselves.
-                        return kind == 4 || kind == 7 || (kind + 3) % kKinds == 4 || (kind + 3) % kKinds == 7 ? std::vector<std::uint8_t>() : cache;
+                        const bool numbers = kind != 4 && kind != 7 && (kind + 3) % kKinds != 4 && (kind + 3) % kKinds != 7;
+                        return numbers ? cache : std::vector<std::uint8_t>();
                     });
                     with_each("attend", [&](const Kernels& k) {
                         std::vector<float> out(count * depth);
@@ -468,11 +236,8 @@ void attention() {
 }  // namespace
 
 int main() {
-#ifdef NYBBLE_ARM64
-    Operations<neon::Lanes>{"neon"}.all();
-    Operations<neondot::Lanes>{"neondot"}.all();
+    operations();
     std::printf("operations: %zu results the same\n", compared);
-#endif
     random_bits.seed(11);
     digest = 14695981039346656037u;
     weights();
