@@ -109,6 +109,7 @@ std::vector<float> product(const LaidWeight& weight, const std::vector<float>& x
     std::vector<Memory> scratch;
     for (int t = 0; t < threads; ++t) scratch.emplace_back(product_scratch(w, count));
     parallel(pieces, threads, [&](std::size_t p, int worker) {
+        if (fast) run.prepare(w, laid, scratch[std::size_t(worker)].as());
         run.product(w, laid, to, w.tiles * p / pieces, w.tiles * (p + 1) / pieces, fast, scratch[std::size_t(worker)].as());
     });
     return out;

@@ -88,7 +88,9 @@ std::vector<float> product(const Kernels& k, const Tiled& w, const std::vector<f
     to.times = round % 5 == 2;
     to.scale = round % 4 == 0 ? 1.0f : 0.37f;
     Memory scratch(product_scratch(w, count));
-    k.product(w, {count, stride, values.data(), codes.data(), scale.data(), sums.data()}, to, 0, w.tiles, fast, scratch.as());
+    const Activations laid = {count, stride, values.data(), codes.data(), scale.data(), sums.data()};
+    if (fast) k.prepare(w, laid, scratch.as());
+    k.product(w, laid, to, 0, w.tiles, fast, scratch.as());
     return out;
 }
 

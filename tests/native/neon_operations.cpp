@@ -125,7 +125,14 @@ struct Operations {
         for (auto& s : sums) s = std::int32_t(random_bits()) / 4;
         wholes("dot", L::dot(L::line(sums), L::line(w), L::line(v)), S::dot(S::line(sums), S::line(w), S::line(v)));
         wholes("dot", L::dot(L::line(sums), L::line(w), L::four(v + 5)), S::dot(S::line(sums), S::line(w), S::four(v + 5)));
-        same<std::int32_t>("total", name, {S::total(S::right<4>(S::line(w)))}, {L::total(L::template right<4>(L::line(w)))});
+        const typename S::I mine[4] = {S::right<6>(S::line(w)), S::right<7>(S::line(w)),
+                                         S::right<8>(S::line(w)), S::right<16>(S::line(w))};
+        const typename L::I theirs[4] = {L::template right<6>(L::line(w)), L::template right<7>(L::line(w)),
+                                         L::template right<8>(L::line(w)), L::template right<16>(L::line(w))};
+        std::vector<std::int32_t> a(4), b(4);
+        S::totals(mine, a.data());
+        L::totals(theirs, b.data());
+        same<std::int32_t>("totals", name, a, b);
     }
 
     void all() {

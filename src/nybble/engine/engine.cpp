@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::size_t kOwn = 2;     // rows up to which every thread prepares its own activations
 constexpr std::size_t kMany = 32;   // rows from which a tile is long work
+constexpr std::size_t kTurned = 64; // queries for which a head's cache is turned into floats once
 
 std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
@@ -32,7 +33,11 @@ std::size_t piece_count(int threads, std::size_t rows) {
 
 std::pair<std::size_t, std::size_t> piece(std::size_t tiles, std::size_t at, int threads, std::size_t rows) {
     const std::size_t count = piece_count(threads, rows), n = static_cast<std::size_t>(threads);
-    if (rows >= kMany || threads == 1) return {tiles * at / count, tiles * (at + 1) / count};
+    if (threads == 1) return {0, tiles};
+    if (rows >= kMany) {  // in pairs, which the kernels take together
+        const std::size_t pairs = (tiles + 1) / 2;
+        return {2 * (pairs * at / count), std::min(tiles, 2 * (pairs * (at + 1) / count))};
+    }
     const std::size_t large = tiles * 3 / 4;  // of all threads together
     if (at < n) return {large * at / n, large * (at + 1) / n};
     const std::size_t rest = tiles - large, small = kSmall * n;
@@ -124,7 +129,7 @@ void Engine::reserve(std::size_t sequences, std::size_t positions) {
     caches_.clear();
     capacity_ = up(positions, 16);
     sequences_ = sequences;
-    std::size_t scratch = 0;
+    std::size_t scratch = 0, floats = 0;
     for (const Op& op : program_)
         if (op.kind == Op::Kind::attention) {
             const Attention& a = op.attention;
@@ -134,9 +139,12 @@ void Engine::reserve(std::size_t sequences, std::size_t positions) {
             s.depth = up(a.dimensions, cache_type_ == CacheType::int4 ? 32 : 16);
             const std::size_t copies = 2 * s.depth * sizeof(float);  // a key and a value, filled up
             scratch = std::max(scratch, copies + kernels().attend_scratch(s.depth, capacity_));
+            if (s.type != CacheType::f32) floats = std::max(floats, CacheShape{CacheType::f32, capacity_, s.depth}.head_bytes());
         }
-    for (Worker& worker : workers_)
+    for (Worker& worker : workers_) {
         if (worker.scratch.bytes() < scratch + 64) worker.scratch = Memory(scratch + 64);
+        worker.head = Memory(floats);  // takes no memory before the first prompt
+    }
     caches_.resize(shapes_.size());
     for (const Op& op : program_)
         if (op.kind == Op::Kind::attention)
@@ -285,6 +293,7 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
             coded = to.view(state.rows);
         }
     }
+    const Tiled* prepared = nullptr;  // the weight that scratch is prepared for
     const auto product = [&](std::size_t p, std::size_t first, std::size_t last) {
         const Part& part = op.parts[p];
         const Tiled& w = part.weight->tiled;
@@ -303,6 +312,10 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
         out.add = op.add;
         out.scale = op.scale;
         const bool fast = !exact_ && w.holds == Holds::codes;
+        if (fast && (prepared == nullptr || !prepared_alike(*prepared, w))) {
+            state.run.prepare(w, coded, mine.scratch.as());
+            prepared = &w;
+        }
         state.run.product(w, fast ? coded : x, out, first, last, fast, mine.scratch.as());
     };
     // Pieces of all parts, taken as they come; a gated pair goes together.
@@ -366,21 +379,39 @@ void Engine::attention(const Attention& op, std::size_t index, State& state, int
         for (std::size_t i = first; i < last; ++i) store(op, state, i / op.shared, i % op.shared, scratch);
         barrier_.wait();
     }
-    // Rows of one text that follow each other meet the cache together, as many as make eight queries.
-    const std::size_t together = std::max<std::size_t>(1, kQueries / group);
+    // Rows of one text that follow each other meet the cache together.
+    const std::size_t together = std::max<std::size_t>(1, kTurned / group);
+    // Behind the last attention only the wanted rows go on.
+    const bool last_layer = op.layer + 1 == shapes_.size();
+    const auto wanted = [&](std::size_t row) {
+        const std::int64_t* end = state.step.wanted + state.step.wanted_count;
+        return !last_layer || std::binary_search(state.step.wanted, end, std::int64_t(row));
+    };
     const auto meet = [&](std::size_t h, std::size_t row, std::size_t rows) {
+        while (rows != 0 && !wanted(row)) ++row, --rows;
+        while (rows != 0 && !wanted(row + rows - 1)) --rows;
+        if (rows == 0) return;
+        const auto seen_first = [&](std::size_t position) { return op.window != 0 && position + 1 > op.window ? position + 1 - op.window : 0; };
+        const auto begin = static_cast<std::size_t>(state.step.positions[row]), end = begin + rows;
         Attend a;
         a.cache = head(op, std::size_t(state.step.sequences[row]), h);
+        CacheShape floats = *a.cache.shape;
+        if (rows * group > kQueries && floats.type != CacheType::f32) {
+            floats.type = CacheType::f32;
+            const CacheHead turned = {&floats, workers_[std::size_t(worker)].head.as()};
+            state.run.widen_head(a.cache, seen_first(begin) / 16 * 16, end, turned);
+            a.cache = turned;
+        }
         a.dimensions = op.dimensions;
         a.scale = op.scale;
         a.cap = op.cap;
         a.count = 0;
         for (std::size_t r = row; r < row + rows; ++r)
             for (std::size_t q = 0; q < group; ++q) {
-                const auto position = static_cast<std::size_t>(state.step.positions[r]);
+                const std::size_t position = begin + (r - row);
                 a.queries[a.count] = from.values.as<float>() + r * from.stride + (h * group + q) * op.dimensions;
                 a.out[a.count] = to.values.as<float>() + r * to.stride + (h * group + q) * op.dimensions;
-                a.first[a.count] = op.window != 0 && position + 1 > op.window ? position + 1 - op.window : 0;
+                a.first[a.count] = seen_first(position);
                 a.last[a.count] = position + 1;
                 if (++a.count == kQueries || (r + 1 == row + rows && q + 1 == group)) {
                     state.run.attend(a, scratch);

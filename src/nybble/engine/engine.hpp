@@ -122,6 +122,7 @@ class Engine {
         Rows normed;  // the few rows of a decoding step: made by every thread for itself, to save a barrier
         Rows source;  // codes of another buffer
         Memory scratch;
+        Memory head;    // one head's cache as floats, for the many queries of a prompt
     };
     struct State;
 

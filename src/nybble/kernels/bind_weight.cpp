@@ -69,11 +69,15 @@ void product(const LaidWeight& weight, const Matrix<const float>& x, const Matri
     Output out;
     out.to = to;
     out.stride = w.rows;
-    const std::size_t pieces = std::min(w.tiles, std::size_t(threads) * (count >= 32 ? 8 : 1));
+    const std::size_t pairs = (w.tiles + 1) / 2, pieces = std::min(pairs, std::size_t(threads) * (count >= 32 ? 8 : 1));
     if (count == 0 || pieces == 0) return;
-    std::uint8_t* mine = scratch.as();  // the caller's, shared out to the pool
+    std::uint8_t* all = scratch.as();  // the caller's, shared out to the pool
+    std::vector<char> prepared(std::size_t(threads), 0);
     parallel(pieces, threads, [&](std::size_t p, int worker) {
-        run.product(w, laid, out, w.tiles * p / pieces, w.tiles * (p + 1) / pieces, fast, mine + each * std::size_t(worker));
+        std::uint8_t* mine = all + each * std::size_t(worker);
+        if (fast && !prepared[std::size_t(worker)]) run.prepare(w, laid, mine);
+        prepared[std::size_t(worker)] = 1;
+        run.product(w, laid, out, 2 * (pairs * p / pieces), std::min(w.tiles, 2 * (pairs * (p + 1) / pieces)), fast, mine);
     });
 }
 

@@ -134,6 +134,16 @@ static const float* value_rows(const CacheHead& cache, std::size_t position, std
     return scratch;
 }
 
+static void widen_head(const CacheHead& from, std::size_t first, std::size_t positions, const CacheHead& to) {
+    const std::size_t depth = from.shape->depth;
+    auto* keys = reinterpret_cast<float*>(to.keys());
+    auto* values = reinterpret_cast<float*>(to.values());
+    for (std::size_t p = first; p < positions; p += 16) {
+        key_tile(from, p / 16, keys + p * depth);
+        value_rows(from, p, positions - p < 16 ? positions - p : 16, values + p * depth);
+    }
+}
+
 // ---- attention --------------------------------------------------------------------------------------------------------
 
 template <int Q>
@@ -221,10 +231,12 @@ inline void attend_some(const Attend& a, void* scratch) {
         for (std::size_t p = 0; p < stride; p += 16) total = Lanes::add(total, Lanes::load(row + p));
         inverse[q] = 1.0f / fold(total);
     }
-    for (std::size_t tile = start; tile < end; ++tile) {
-        const std::size_t count = last - tile * 16 < 16 ? last - tile * 16 : 16;
-        const float* values = value_rows(a.cache, tile * 16, count, tile_floats);
-        mix<Q>(values, count, depth, weights + (tile - start) * 16, stride, sums);
+    // Floats need no turning and are met in one go.
+    const std::size_t step = a.cache.shape->type == CacheType::f32 ? stride : 16;
+    for (std::size_t p = start * 16; p < last; p += step) {
+        const std::size_t count = last - p < step ? last - p : step;
+        const float* values = value_rows(a.cache, p, count, tile_floats);
+        mix<Q>(values, count, depth, weights + p - start * 16, stride, sums);
     }
     for (std::size_t q = 0; q < a.count; ++q)
         for (std::size_t d = 0; d < a.dimensions; ++d) a.out[q][d] = sums[q * depth + d] * inverse[q];

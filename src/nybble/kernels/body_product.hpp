@@ -237,13 +237,17 @@ static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
     });
 }
 
-// Rows are counted in whole panels where the codes lie so.
-static Corrections corrections(const Tiled& w, const Activations& x, void* scratch) {
-    const std::int32_t base = w.table ? 128 : w.base;
+// Where the corrections of x lie in scratch. Rows are counted in whole panels where the codes lie so.
+inline Corrections corrections(const Tiled& w, const Activations& x, void* scratch) {
     const std::size_t parts = w.halves ? 2 * w.units : w.units, each = in_panels(x.count) ? kPanel : 1;
-    const std::size_t rows = (x.count + each - 1) / each * each;
-    Corrections c = {static_cast<std::int32_t*>(scratch), nullptr, parts};
-    c.sum = reinterpret_cast<float*>(c.integer + rows * parts);
+    auto* integer = static_cast<std::int32_t*>(scratch);
+    return {integer, reinterpret_cast<float*>(integer + (x.count + each - 1) / each * each * parts), parts};
+}
+
+static void prepare(const Tiled& w, const Activations& x, void* scratch) {
+    const Corrections c = corrections(w, x, scratch);
+    const std::int32_t base = w.table ? 128 : w.base;
+    const std::size_t parts = c.parts, each = in_panels(x.count) ? kPanel : 1, rows = (x.count + each - 1) / each * each;
     for (std::size_t m = 0; m < rows; m += each)
         for (std::size_t p = 0; p < parts; ++p) {
             const std::int32_t* sums = x.sums + m * (x.stride / 16) + (w.halves ? p : 2 * p) * each;
@@ -259,7 +263,6 @@ static Corrections corrections(const Tiled& w, const Activations& x, void* scrat
         for (std::size_t m = 0; m < rows; m += each)
             for (std::size_t p = 0; p + 1 < parts; p += 2)
                 for (std::size_t t = 0; t < each; ++t) c.integer[m * parts + p * each + t] += c.integer[m * parts + (p + 1) * each + t];
-    return c;
 }
 
 // ---- exact: float products --------------------------------------------------------------------------------------------
@@ -484,7 +487,7 @@ static void exact_group(const Tiled& w, const Activations& x, std::size_t m, con
     }
 }
 
-// Tiles [first, last) for all tokens. fast needs a weight of codes and x.codes; scratch: product_scratch(w) bytes.
+// Tiles [first, last) for all tokens. fast needs a weight of codes, x.codes and a scratch that was prepared.
 static void product(const Tiled& w, const Activations& x, const Output& out, std::size_t first, std::size_t last, bool fast,
                     void* scratch) {
     if (fast && in_panels(x.count)) {

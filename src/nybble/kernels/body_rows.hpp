@@ -20,17 +20,19 @@ static void quantize_row(const float* x, std::size_t columns, const CodesOut& ou
         const bool finite = bits < 0x7f800000, some = finite && most > 1e-30f;
         *scale = finite ? (some ? most / 127.0f : 0.0f) : __builtin_nanf("");
         const F inverse = Lanes::all(some ? 127.0f / most : 0.0f);
-        for (std::size_t i = 0; i < 4; ++i) {
-            const I code = finite ? Lanes::to_whole(Lanes::mul(v[i], inverse)) : Lanes::whole(0);
-            *sums = Lanes::total(code);
-            sums += out.apart;
+        I code[4];
+        for (std::size_t i = 0; i < 4; ++i) code[i] = finite ? Lanes::to_whole(Lanes::mul(v[i], inverse)) : Lanes::whole(0);
+        std::int32_t totals[4];
+        Lanes::totals(code, totals);
+        for (std::size_t i = 0; i < 4; ++i, sums += out.apart) {
+            *sums = totals[i];
             std::int8_t* to = out.codes + (begin + 16 * i) * out.apart;
             if (out.apart == 1) {
-                Lanes::store_bytes(to, code);
+                Lanes::store_bytes(to, code[i]);
                 continue;
             }
             std::int8_t codes[16];
-            Lanes::store_bytes(codes, code);
+            Lanes::store_bytes(codes, code[i]);
             for (std::size_t s = 0; s < 4; ++s) __builtin_memcpy(to + s * 4 * kPanel, codes + 4 * s, 4);
         }
     }

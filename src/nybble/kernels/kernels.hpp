@@ -56,13 +56,18 @@ struct Kernels {
                        std::uint8_t* scratch);
     void (*untile_codes)(const Tiled&, std::size_t tile, std::uint8_t* to);
     void (*tiled_row)(const Tiled&, std::size_t row, float* to);
-    // out for the rows of tiles [first, last) and every token of x. fast: integer products. scratch: product_scratch.
+    // What all fast products of w and x with one scratch share; once, before the first of them.
+    void (*prepare)(const Tiled&, const Activations& x, void* scratch);
+    // out for the rows of tiles [first, last) and every token of x. fast: integer products, of a scratch that was prepared
+    // (product_scratch bytes).
     void (*product)(const Tiled&, const Activations& x, const Output& out, std::size_t first, std::size_t last, bool fast,
                     void* scratch);
     void (*quantize_row)(const float* x, std::size_t columns, const CodesOut& out);
     void (*norm_row)(const float* x, std::size_t columns, const NormOf& norm, float* y);
     std::size_t (*best_of)(const float* x, std::size_t count);
     void (*append)(const CacheHead& cache, std::size_t position, const float* key, const float* value);
+    // The first `positions` positions of a cache, from a multiple of 16 on, as floats: for many queries.
+    void (*widen_head)(const CacheHead& from, std::size_t first, std::size_t positions, const CacheHead& to);
     std::size_t (*attend_scratch)(std::size_t depth, std::size_t positions);
     void (*attend)(const Attend&, void* scratch);
     void (*activate_row)(float* x, std::size_t count, Activation kind);
@@ -75,6 +80,12 @@ inline std::size_t correction_bytes(const Tiled& w, std::size_t rows) {
 inline std::size_t product_scratch(const Tiled& w, std::size_t rows) {
     const std::size_t tile = w.units * kSteps * kLine;
     return correction_bytes(w, rows) + (tile > kKept ? tile : kKept) + 64;
+}
+
+// What `prepare` left for one weight serves the other too.
+inline bool prepared_alike(const Tiled& a, const Tiled& b) {
+    return a.units == b.units && a.halves == b.halves && a.table == b.table && a.base == b.base &&
+           (a.offset == nullptr) == (b.offset == nullptr) && (a.blocks <= 1) == (b.blocks <= 1);
 }
 
 extern const Kernels kScalar;

@@ -58,7 +58,14 @@ struct Lanes {
     static inline I as_whole(F a) { return _mm512_castps_si512(a); }
     static inline I most(I a, I b) { return _mm512_max_epi32(a, b); }
     static inline std::int32_t largest(I a) { return _mm512_reduce_max_epi32(a); }
-    static inline std::int32_t total(I a) { return _mm512_reduce_add_epi32(a); }
+    static inline void totals(const I* four, std::int32_t* to) {
+        const auto pairs = [](I a, I b) { return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+        const I ab = pairs(four[0], four[1]), cd = pairs(four[2], four[3]);
+        const I all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+        const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+    }
     static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static inline I to_whole(F a) { return _mm512_cvtps_epi32(a); }
     static inline F as_float(I a) { return _mm512_castsi512_ps(a); }

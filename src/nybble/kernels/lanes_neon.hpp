@@ -141,7 +141,10 @@ struct Lanes {
         return make<I>([](auto p, auto q) { return vmaxq_s32(p, q); }, x, y);
     }
     static inline std::int32_t largest(I x) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.a, x.b), vmaxq_s32(x.c, x.d))); }
-    static inline std::int32_t total(I x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.a, x.b), vaddq_s32(x.c, x.d))); }
+    static inline void totals(const I* four, std::int32_t* to) {
+        for (int n = 0; n < 4; ++n)
+            to[n] = vaddvq_s32(vaddq_s32(vaddq_s32(four[n].a, four[n].b), vaddq_s32(four[n].c, four[n].d)));
+    }
     static inline F to_float(I x) {
         return make<F>([](auto p) { return vcvtq_f32_s32(p); }, x);
     }

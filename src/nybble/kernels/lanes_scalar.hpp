@@ -114,10 +114,11 @@ struct Lanes {
         for (int i = 1; i < 16; ++i) out = a.at[i] > out ? a.at[i] : out;
         return out;
     }
-    static inline std::int32_t total(I a) {
-        std::int32_t sum = 0;
-        for (int i = 0; i < 16; ++i) sum += a.at[i];
-        return sum;
+    static inline void totals(const I* four, std::int32_t* to) {  // the sum of each
+        for (int n = 0; n < 4; ++n) {
+            to[n] = 0;
+            for (int i = 0; i < 16; ++i) to[n] += four[n].at[i];
+        }
     }
     static inline F to_float(I a) {
         return make<F>([&](int i) { return static_cast<float>(a.at[i]); });
