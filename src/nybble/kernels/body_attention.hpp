@@ -217,18 +217,27 @@ inline void attend_some(const Attend& a, void* scratch) {
         const std::size_t at = std::size_t(q) < a.count ? std::size_t(q) : a.count - 1;
         float* row = weights + q * stride;
         const std::size_t from = a.first[at] - start * 16, to = a.last[at] - start * 16;
-        for (std::size_t p = 0; p < from; ++p) row[p] = -__builtin_inff();
-        for (std::size_t p = to; p < stride; ++p) row[p] = -__builtin_inff();
+        // What is not seen has weight 0. Tiles outside of it count for nothing; those at its ends are seen in part.
+        const std::size_t begin = from / 16 * 16, end = (to + 15) / 16 * 16;
+        for (std::size_t p = 0; p < begin; ++p) row[p] = 0.0f;
+        for (std::size_t p = begin; p < from; ++p) row[p] = -__builtin_inff();
+        for (std::size_t p = to; p < end; ++p) row[p] = -__builtin_inff();
+        for (std::size_t p = end; p < stride; ++p) row[p] = 0.0f;
         F top = Lanes::all(-__builtin_inff());
-        for (std::size_t p = 0; p < stride; p += 16) top = Lanes::max(top, Lanes::load(row + p));
+        for (std::size_t p = begin; p < end; p += 16) top = Lanes::max(top, Lanes::load(row + p));
         const F most = Lanes::all(largest(top));
         F total = Lanes::all(0.0f);
-        for (std::size_t p = 0; p < stride; p += 16) {
-            Lanes::store(row + p, exponential(Lanes::sub(Lanes::load(row + p), most)));
+        for (std::size_t p = begin; p < end; p += 16) {
+            F weight = exponential(Lanes::sub(Lanes::load(row + p), most));
+            if (p < from || p + 16 > to) {
+                Lanes::store(row + p, weight);
+                for (std::size_t i = p; i < from; ++i) row[i] = 0.0f;
+                for (std::size_t i = to; i < p + 16; ++i) row[i] = 0.0f;
+                weight = Lanes::load(row + p);
+            }
+            Lanes::store(row + p, weight);
+            total = Lanes::add(total, weight);
         }
-        for (std::size_t p = 0; p < from; ++p) row[p] = 0.0f;
-        for (std::size_t p = to; p < stride; ++p) row[p] = 0.0f;
-        for (std::size_t p = 0; p < stride; p += 16) total = Lanes::add(total, Lanes::load(row + p));
         inverse[q] = 1.0f / fold(total);
     }
     // Floats need no turning and are met in one go.

@@ -459,6 +459,9 @@ static void panels(const Tiled& w, const std::uint8_t* bytes, const Activations&
         for (std::size_t tile = first; tile < last;) {
             const std::uint8_t* at = bytes + (tile - first) * w.units * kSteps * kLine;
             const std::size_t together = last - tile < tiles ? 1 : tiles;
+            for (std::size_t t = 0; t < tokens; ++t)  // the products take long enough for these to come
+                for (std::size_t i = 0; i < together; ++i)
+                    __builtin_prefetch(out.to + (m + t) * out.stride + (tile + i) * kRows, 1);
             for (std::size_t row = 0; row < tokens; row += rows) {
                 if (together == tiles)
                     panel_tile<Row, Halves, tiles, rows>(w, tile, at, x, m, row, c, sums);

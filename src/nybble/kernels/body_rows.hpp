@@ -6,7 +6,9 @@
 static void quantize_row(const float* x, std::size_t columns, const CodesOut& out) {
     float* scale = out.scale;
     std::int32_t* sums = out.sums;
-    for (std::size_t begin = 0; begin < columns; begin += kBlock, scale += out.apart) {
+    std::int8_t* to = out.codes;
+    const std::size_t apart = out.apart;
+    for (std::size_t begin = 0; begin < columns; begin += kBlock, scale += apart) {
         F v[4];
         I top = Lanes::whole(0);  // bits of magnitudes: as whole numbers they order as the floats do, NaN above infinity
         for (std::size_t i = 0; i < 4; ++i) {
@@ -24,17 +26,14 @@ static void quantize_row(const float* x, std::size_t columns, const CodesOut& ou
         for (std::size_t i = 0; i < 4; ++i) code[i] = finite ? Lanes::to_whole(Lanes::mul(v[i], inverse)) : Lanes::whole(0);
         std::int32_t totals[4];
         Lanes::totals(code, totals);
-        for (std::size_t i = 0; i < 4; ++i, sums += out.apart) {
-            *sums = totals[i];
-            std::int8_t* to = out.codes + (begin + 16 * i) * out.apart;
-            if (out.apart == 1) {
-                Lanes::store_bytes(to, code[i]);
-                continue;
-            }
-            std::int8_t codes[16];
-            Lanes::store_bytes(codes, code[i]);
-            for (std::size_t s = 0; s < 4; ++s) __builtin_memcpy(to + s * 4 * kPanel, codes + 4 * s, 4);
+        for (std::size_t i = 0; i < 4; ++i, sums += apart) *sums = totals[i];
+        if (apart == 1) {
+            for (std::size_t i = 0; i < 4; ++i, to += 16) Lanes::store_bytes(to, code[i]);
+            continue;
         }
+        alignas(16) std::int8_t codes[kBlock];
+        for (std::size_t i = 0; i < 4; ++i) Lanes::store_bytes(codes + 16 * i, code[i]);
+        for (std::size_t s = 0; s < kBlock / 4; ++s, to += 4 * kPanel) __builtin_memcpy(to, codes + 4 * s, 4);
     }
 }
 
