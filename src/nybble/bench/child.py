@@ -28,6 +28,7 @@ SLIM = (
     "files/__init__.py",
     "files/safetensors.py",
     "evaluate/__init__.py",
+    "evaluate/clock.py",
     "evaluate/memory.py",
     "bench/__init__.py",
     "bench/workload.py",

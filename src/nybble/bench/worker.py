@@ -23,17 +23,9 @@ from typing import Any
 from nybble.bench.adapters import OURS, Runtime, adapter_of
 from nybble.errors import NybbleError
 from nybble.evaluate import memory
+from nybble.evaluate.clock import seconds_since_start
 
 BUDGET_SECONDS = 30.0
-
-
-def seconds_since_start(spawned: float) -> float:
-    """Seconds since this process was started, which Linux keeps to 10 ms; elsewhere since the parent's `spawned`."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError, IndexError):
-        return time.time() - spawned
 
 
 def measure(job: dict[str, Any], spawned: float) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def main() -> NoReturn:
 
 def _run(arguments: list[str]) -> object:
     """Carry a command line out. A plain one goes straight to its verb; typer takes 0.1 s to read it."""
+    arguments = arguments or ["--help"]
     wanted = next((argument for argument in arguments if not argument.startswith("-")), "")
     if wanted not in VERBS:
         return make_app()(args=arguments, standalone_mode=False)

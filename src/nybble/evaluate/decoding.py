@@ -12,7 +12,6 @@ parent holds against the measured memory bandwidth. Left out: sampling, and the 
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,19 +23,11 @@ import numpy as np
 from nybble import kernels
 from nybble.engine import Decoder
 from nybble.evaluate import memory
+from nybble.evaluate.clock import seconds_since_start
 from nybble.files.native import is_native, open_native
 from nybble.formats import parse_format
 
 BATCH = 8
-
-
-def seconds_since_start(spawned: float) -> float:
-    """Seconds since this process was started, which Linux keeps to 10 ms; elsewhere since `spawned` (seconds since 1970)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, ValueError, IndexError):
-        return time.time() - spawned
 
 
 def has_codes(folder: str | Path) -> bool:

@@ -5,6 +5,8 @@ namespace nybble::NYBBLE_ISA {
 // The bodies above work on codes as stored, those below in the kernel layout.
 #include "body_math.hpp"
 #include "body_layout.hpp"
+#include "body_fast.hpp"
+#include "body_exact.hpp"
 #include "body_product.hpp"
 #include "body_rows.hpp"
 #include "body_attention.hpp"
