@@ -10,7 +10,8 @@
 namespace nybble {
 namespace {
 
-constexpr std::size_t kOwn = 2;     // rows up to which every thread prepares its own activations
+constexpr std::size_t kOwn = 8;     // rows up to which every thread prepares its own activations: one panel, which threads
+                                    // that write it together would take out of each other's caches
 constexpr std::size_t kMany = 32;   // rows from which a tile is long work
 constexpr std::size_t kTurned = 64; // queries for which a head's cache is turned into floats once
 

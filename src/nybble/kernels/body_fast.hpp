@@ -8,6 +8,9 @@ struct Corrections {
     std::size_t parts;
 };
 
+// One or two panels unpack codes on the way to their products, once each; more of them share codes that were unpacked to bytes.
+inline bool on_the_way(std::size_t count) { return Lanes::kTokens >= 4 && count <= 2 * kPanel; }
+
 inline bool scaled_by_row(const Tiled& w) { return w.blocks <= 1 && (w.offset == nullptr || w.offset_is_zero); }
 
 // Scale and shift of one part, as lanes.
@@ -246,8 +249,8 @@ static void prepare(const Tiled& w, const Activations& x, void* scratch) {
                 if (w.offset != nullptr) c.sum[at + t] = static_cast<float>(sum);
             }
         }
-    // Several panels sum whole blocks of two units as integers where one scale serves the row.
-    if (in_panels(x.count) && (x.count > kPanel || Lanes::kTokens < 4) && scaled_by_row(w) && w.offset == nullptr)
+    // Many panels sum whole blocks of two units as integers where one scale serves the row.
+    if (in_panels(x.count) && !on_the_way(x.count) && scaled_by_row(w) && w.offset == nullptr)
         for (std::size_t m = 0; m < rows; m += each)
             for (std::size_t p = 0; p + 1 < parts; p += 2)
                 for (std::size_t t = 0; t < each; ++t) c.integer[m * parts + p * each + t] += c.integer[m * parts + (p + 1) * each + t];

@@ -100,7 +100,13 @@ static void product(const Tiled& w, const Activations& x, const Output& out, std
                     void* scratch) {
     if (fast && in_panels(x.count)) {
         const Corrections c = corrections(w, x, scratch);
-        if (Lanes::kTokens >= 4 && x.count <= kPanel) return fast_group<Lanes::kTokens >= 4 ? 8 : 1>(w, x, 0, out, first, last, c);
+        if (on_the_way(x.count)) {
+            const std::size_t chunk = w.tile_bytes == 0 || w.tile_bytes > kKept ? 1 : kKept / w.tile_bytes;
+            for (std::size_t begin = first; begin < last; begin += chunk)
+                for (std::size_t m = 0; m < x.count; m += kPanel)
+                    fast_group<Lanes::kTokens >= 4 ? 8 : 1>(w, x, m, out, begin, last - begin < chunk ? last : begin + chunk, c);
+            return;
+        }
         // So many tiles that they stay in the second cache while one panel after the other meets them.
         const std::size_t tile_bytes = w.units * kSteps * kLine, chunk = tile_bytes == 0 || tile_bytes > kKept ? 1 : kKept / tile_bytes;
         auto* bytes = static_cast<std::uint8_t*>(scratch) + correction_bytes(w, x.count);
