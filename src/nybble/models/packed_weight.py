@@ -27,9 +27,9 @@ from nybble.formats import Format, QTensor, parse_format
 from nybble.models import custom_op
 from nybble.models.mapped import give_back
 
-SHARED_PRODUCT = 1 << 20
-"""Multiplications from which a product is worth a second thread: below, it is done (in some 50 us) before one wakes up, and
-torch's own threads still spin on the cores."""
+SHARED_PRODUCT = 1 << 23
+"""Multiplications from which a product is worth a second thread. Torch's own threads spin on the cores for a while after each
+of its operations; a thread of ours that they keep waiting costs more than it brings to a small product (docs/log.md)."""
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Activations that the kernels compute with, in float32. All others are multiplied with the decoded weight by torch."""
 
