@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
 #include <new>
 #include <utility>
 
@@ -19,6 +20,9 @@ namespace {
 
 constexpr std::int32_t kFar = 1 << 16;  // levels from here on would leave 32 bits when they are summed
 constexpr std::size_t kMapped = std::size_t(1) << 18;  // bytes from which memory is mapped
+constexpr std::size_t kHuge = std::size_t(2) << 20;    // bytes of a huge page
+constexpr std::size_t kSlab = 16 * kHuge;
+constexpr std::size_t kShared = std::size_t(1) << 16;  // bytes from which memory may come from a slab
 
 void give_back(const void* from, std::size_t bytes) {
 #if defined(__linux__)
@@ -66,10 +70,50 @@ void byte_levels(Tiled& w) {
     w.byte_step = static_cast<float>(top / steps);
 }
 
+#if defined(__linux__)
+// Most matrices of a model are smaller than a huge page or lie across the ends of two, so that mapped alone they would get
+// small pages. In slabs that begin with a page they fill it together.
+struct Slab {
+    std::uint8_t* base;
+    std::size_t used = 0;
+    Slab() {
+        void* got = mmap(nullptr, kSlab + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (got == MAP_FAILED) throw std::bad_alloc();
+        auto* begin = static_cast<std::uint8_t*>(got);
+        const std::size_t before = (kHuge - reinterpret_cast<std::uintptr_t>(got) % kHuge) % kHuge;
+        if (before != 0) munmap(begin, before);
+        base = begin + before;
+        munmap(base + kSlab, kHuge - before);
+        madvise(base, kSlab, MADV_HUGEPAGE);
+    }
+    ~Slab() { munmap(base, kSlab); }
+    Slab(const Slab&) = delete;
+    Slab& operator=(const Slab&) = delete;
+};
+
+std::uint8_t* from_slab(std::size_t bytes, std::shared_ptr<void>& owner) {
+    static std::mutex lock;
+    static std::weak_ptr<Slab> current;
+    const std::lock_guard held(lock);
+    std::shared_ptr<Slab> slab = current.lock();
+    if (slab == nullptr || kSlab - slab->used < bytes) current = slab = std::make_shared<Slab>();
+    std::uint8_t* data = slab->base + slab->used;
+    slab->used += std::min(kSlab - slab->used, (bytes + 63) / 64 * 64);
+    owner = slab;
+    return data;
+}
+#endif
+
 }  // namespace
 
 Memory::Memory(std::size_t bytes, [[maybe_unused]] bool huge) : bytes_(bytes) {
     if (bytes == 0) return;
+#if defined(__linux__)
+    if (huge && bytes >= kShared && bytes <= kSlab / 2) {
+        data_ = from_slab(bytes, slab_);
+        return;
+    }
+#endif
 #if defined(__unix__) || defined(__APPLE__)
     if (bytes >= kMapped) {
         void* got = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -87,7 +131,7 @@ Memory::Memory(std::size_t bytes, [[maybe_unused]] bool huge) : bytes_(bytes) {
 }
 
 Memory::~Memory() {
-    if (data_ == nullptr) return;
+    if (data_ == nullptr || slab_ != nullptr) return;
 #if defined(__unix__) || defined(__APPLE__)
     if (mapped_) {
         munmap(data_, bytes_);
@@ -103,6 +147,7 @@ Memory& Memory::operator=(Memory&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     std::swap(mapped_, other.mapped_);
+    std::swap(slab_, other.slab_);
     return *this;
 }
 
@@ -164,7 +209,7 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
                             (std::min(w.rows, end * kRows) - g * group * kRows) * source.row_bytes);
     });
     const auto lay = [&](const void* from, bool half, std::size_t stride, Memory& to) {
-        to = Memory(w.tiles * std::max<std::size_t>(1, w.blocks) * kRows * (half ? 2 : 4));
+        to = Memory(w.tiles * std::max<std::size_t>(1, w.blocks) * kRows * (half ? 2 : 4), true);
         if (half)
             lay_parameters(static_cast<const std::uint16_t*>(from), stride, w, to.as<std::uint16_t>());
         else

@@ -14,7 +14,8 @@ namespace nybble {
 class Memory {
   public:
     Memory() = default;
-    // huge: in pages of two megabytes where the system has them, for what is read from end to end again and again.
+    // huge: in pages of two megabytes where the system has them, side by side with others, for what is read from end to end
+    // again and again. Such memory goes back to the system when all that share its slab are gone.
     explicit Memory(std::size_t bytes, bool huge = false);
     ~Memory();
     Memory(Memory&& other) noexcept;
@@ -31,6 +32,7 @@ class Memory {
     std::uint8_t* data_ = nullptr;
     std::size_t bytes_ = 0;
     bool mapped_ = false;
+    std::shared_ptr<void> slab_;  // what the memory is a part of, if it is
 };
 
 // Float values as a checkpoint stores them: [rows, columns], or [columns, rows] when transposed (GPT-2's Conv1D).
