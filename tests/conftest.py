@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 
 import nybble
+
+# A shell that starts the tests in the background has them, and all they start, ignore interrupts; some of them interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VOCABULARY = 97
 SOURCES = str(Path(nybble.__file__).parents[1])
