@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nybble import kernels
+from nybble.evaluate.memory import resident_bytes
 from nybble.kernels import reference
 from nybble.kernels.arguments import Floats, Packed
 
@@ -144,3 +147,20 @@ def test_the_layout_takes_the_bytes_that_were_stored(of_kind: Any, packed: Any, 
     ragged = packed(of_kind(4), 50257 // 100, 100, 32)
     filled = (512 // 16 * 16) * 128 / 2
     assert kernels.lay(*ragged).nbytes < 1.05 * (filled + 512 * 4 * 2)
+
+
+def test_dropped_weights_give_their_memory_back_though_others_stay() -> None:
+    """Small weights share slabs of memory; one that stays must not keep the pages of those that went."""
+    if kernels.native() is None or not sys.platform.startswith("linux"):
+        pytest.skip("the C++ extension is not built, or this is not Linux")
+    weight = np.ones((1024, 1024), dtype=np.float32)  # 4 MB, of which whole pages are nearly all
+    start = resident_bytes()
+    laid = [kernels.lay_floats(weight, "f32") for _ in range(16)]
+    full = resident_bytes()
+    kept = laid[::8]
+    del laid
+    gc.collect()
+    few = resident_bytes()
+    assert full - start > 60e6
+    assert few - start < 20e6, "two of sixteen weights stay, and more than theirs is resident"
+    assert len(kept) == 2

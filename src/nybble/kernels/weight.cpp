@@ -131,7 +131,11 @@ Memory::Memory(std::size_t bytes, [[maybe_unused]] bool huge) : bytes_(bytes) {
 }
 
 Memory::~Memory() {
-    if (data_ == nullptr || slab_ != nullptr) return;
+    if (data_ == nullptr) return;
+    if (slab_ != nullptr) {  // others may hold the slab for long: whole pages need not wait for them
+        give_back(data_, bytes_);
+        return;
+    }
 #if defined(__unix__) || defined(__APPLE__)
     if (mapped_) {
         munmap(data_, bytes_);

@@ -15,7 +15,7 @@ class Memory {
   public:
     Memory() = default;
     // huge: in pages of two megabytes where the system has them, side by side with others, for what is read from end to end
-    // again and again. Such memory goes back to the system when all that share its slab are gone.
+    // again and again. Addresses are free again when all that share a slab are gone; whole pages go back at once.
     explicit Memory(std::size_t bytes, bool huge = false);
     ~Memory();
     Memory(Memory&& other) noexcept;
