@@ -32,6 +32,7 @@ LAYERS = (
     {"calibrate"},
     {"methods"},
     {"plan"},
+    {"walk"},
     {"run"},
     {"evaluate"},
     {"report"},

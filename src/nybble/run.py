@@ -20,26 +20,28 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from nybble.calibrate.importance import input_importance
+from nybble.calibrate.importance import check_windows, input_importance
+from nybble.calibrate.windows import CALIBRATION_WINDOWS
+from nybble.calibrate.workers import Workers
 from nybble.errors import InputError, NumericError, UsageError
 from nybble.files import safetensors
 from nybble.files.folder import new_folder
 from nybble.files.native import WEIGHTS, config_entry, open_native, write_native
-from nybble.formats import QTensor, parse_format
-from nybble.methods import parse_method
+from nybble.formats import Format, QTensor, parse_format
+from nybble.methods import Method, parse_method
+from nybble.methods.steps.choose import Account
 from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
-from nybble.models.loading import DTYPES, lay_out_for_half, load_model
+from nybble.models.loading import DTYPES, lay_out_for_half, load_model, quiet
 from nybble.models.packed import PackedWeight
 from nybble.models.replace import replace_weights
 from nybble.plan import Plan, Recipe, make_plan
 from nybble.version import __version__
+from nybble.walk import Walk, float_weight
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
-CALIBRATION_WINDOWS = 128
 
 
 class Quantized:
@@ -54,6 +56,8 @@ class Quantized:
         self.plan_hash = plan_hash
         self.provenance = dict(provenance)
         self._tensors: dict[str, QTensor] | None = None
+        self.accounts: dict[str, Account] = {}
+        """What a calibrated method did to each weight, by name; empty for the others and for what was loaded."""
 
     @property
     def tensors(self) -> dict[str, QTensor]:
@@ -137,11 +141,15 @@ def quantize(
     keep: Sequence[str] = (),
     rules: Sequence[tuple[str, str]] = (),
     progress: Progress | None = None,
+    windows: int = CALIBRATION_WINDOWS,
+    window: int | None = None,
+    seed: int = 0,
 ) -> Quantized:
     """Quantize a model folder, or a transformers model in memory (which is left as it is).
 
-    `format` is a spec string (`int4:g64`, `nf4:g64,dq`, `fp16`), `method` too (`rtn`, `rtn:mse`). `calibration` is token
-    windows, integers [windows, tokens], or text; methods that use no data ignore it. `keep` names weights that stay in
+    `format` is a spec string (`int4:g64`, `nf4:g64,dq`, `fp16`), `method` too (`rtn`, `gptq`, `gptq:refine=3`, `best`).
+    `calibration` is token windows, integers [windows, tokens], or text, of which `windows` windows of `window` tokens (the
+    model's context, at most 2048) are drawn with `seed`; methods that use no data ignore it. `keep` names weights that stay in
     float (names or globs), `rules` gives others a format of their own.
     Raises UsageError for specs and patterns, InputError for the model or text, NumericError naming the tensor.
     """
@@ -157,14 +165,14 @@ def quantize(
     elif any(isinstance(module, PackedWeight) for module in model.modules()):
         raise InputError(f"this {type(model).__name__} is quantized already; quantize the float model it was made from")
     plan = make_plan(describe(model, stored), recipe)
-    importance = _importance(model, plan, calibration, source, progress)
-    return quantize_by_plan(model, plan, importance, source, owned, progress)
+    token_windows = _windows(model, plan, calibration, source, windows, window, seed)
+    return quantize_by_plan(model, plan, token_windows, source, owned, progress)
 
 
 def quantize_by_plan(
     model: PreTrainedModel,
     plan: Plan,
-    importance: Mapping[str, NDArray[np.float32]] | None = None,
+    windows: NDArray[np.integer[Any]] | None = None,
     source: Path | None = None,
     consume: bool = False,
     progress: Progress | None = None,
@@ -172,31 +180,71 @@ def quantize_by_plan(
 ) -> Quantized:
     """Carry out a plan on a float model. With `consume` the model's own float weights are given up as they are packed.
 
-    `observe` is called with (name, float weight [N, K], QTensor) for each packed weight.
+    `windows` are calibration windows, integers [windows, tokens], for methods that read any. `observe` is called with
+    (name, float weight [N, K], QTensor) for each packed weight. Raises UsageError where a method needs windows and has none.
     """
     method = parse_method(plan.recipe.method)
     provenance = _provenance(plan, source)
-    rows, packed = plan.packed, {}
+    rows = plan.packed
     known = sites(model)
-    for i, row in enumerate(rows):
-        name, fmt = row.tensor.name, parse_format(row.format or "")
-        weight = _float_weight(known[name].modules[0])
-        try:
-            tensor = method.quantize(weight, fmt, (importance or {}).get(name))
-        except NumericError as error:
-            raise NumericError(f"{name}: {error}") from error
+    formats = {row.tensor.name: parse_format(row.format or "") for row in rows}
+    if windows is None and method.settings.calibrated and not all(fmt.is_cast for fmt in formats.values()):
+        raise UsageError(f"method {method} reads calibration text; give some (--calibrate FILE), or use rtn:mse, which needs none")
+    if windows is not None and method.uses_calibration:
+        check_windows(model, windows)
+    packed: dict[str, QTensor] = {}
+    accounts: dict[str, Account] = {}
+    if method.settings.blockwise and windows is not None:
+        walked = {name: fmt for name, fmt in formats.items() if not fmt.is_cast}
+        packed, accounts = _walk(model, plan, method, walked, windows, progress)
+    importance = None
+    if windows is not None and method.uses_calibration and not method.settings.blockwise:
+        importance = input_importance(model, windows, lambda done, n: progress("calibration", done, n) if progress else None)
+    for i, (name, fmt) in enumerate(formats.items()):
+        weight = float_weight(known[name].modules[0])
+        if name not in packed:
+            try:
+                packed[name] = method.quantize(weight, fmt, (importance or {}).get(name))
+            except NumericError as error:
+                raise NumericError(f"{name}: {error}") from error
         if observe:
-            observe(name, weight, tensor)
-        packed[name] = tensor
+            observe(name, weight, packed[name])
         if progress:
             progress(name, i + 1, len(rows))
+    packed = {name: packed[name] for name in formats}
     if plan.is_cast:
         target = model if consume else copy.deepcopy(model)
         _cast_state(target, DTYPES[plan.recipe.format])
         return Quantized(target, plan.hash, plan.recipe.format, provenance, source)
     target = model if consume else _copy_without(model, [known[name].modules[0] for name in packed])
     replace_weights(target, packed)
-    return Quantized(target, plan.hash, None, provenance, source)
+    result = Quantized(target, plan.hash, None, provenance, source)
+    result.accounts = accounts
+    return result
+
+
+def _walk(
+    model: PreTrainedModel,
+    plan: Plan,
+    method: Method,
+    formats: dict[str, Format],
+    windows: NDArray[np.integer[Any]],
+    progress: Progress | None,
+) -> tuple[dict[str, QTensor], dict[str, Account]]:
+    """A calibrated method on a copy of the model, whose weights it replaces on its way."""
+    copied = copy.deepcopy(model)
+    roles = {row.tensor.name: row.tensor.role for row in plan.packed}
+    groups = {name: 3 for name, role in roles.items() if role == "query, key and value"}
+    groups = {name: 3 for name in groups if _rows(copied, name) % 3 == 0}
+    layers = {name: site.modules[0] for name, site in sites(copied).items()}
+    with quiet(), Workers() as workers:
+        walk = Walk(copied, layers, formats, method.settings, windows, groups, workers, progress)
+        walk.run()
+    return walk.tensors, walk.accounts
+
+
+def _rows(model: nn.Module, name: str) -> int:
+    return int(float_weight(sites(model)[name].modules[0]).shape[0])
 
 
 def load(path: str | Path, dtype: str = "fp32") -> Quantized:
@@ -220,7 +268,7 @@ def load(path: str | Path, dtype: str = "fp32") -> Quantized:
 
 def float_weights(model: nn.Module) -> list[tuple[str, NDArray[np.float32]]]:
     """(name, float32 [out, in]) of every weight that could be packed, in order; tied ones once."""
-    return [(name, _float_weight(site.modules[0])) for name, site in sites(model).items()]
+    return [(name, float_weight(site.modules[0])) for name, site in sites(model).items()]
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -231,13 +279,6 @@ def tensor_bytes(model: nn.Module) -> int:
             if tensor is not None and name not in module._non_persistent_buffers_set:
                 seen[id(tensor)] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
-
-
-def _float_weight(module: nn.Module) -> NDArray[np.float32]:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    values = weight.detach().to(torch.float32).cpu()
-    return np.ascontiguousarray(values.T.numpy() if isinstance(module, Conv1D) else values.numpy())
 
 
 def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -279,31 +320,30 @@ def _tagged(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, NDArray[Any]],
     return arrays, tags
 
 
-def _importance(
-    model: PreTrainedModel, plan: Plan, calibration: Any, source: Path | None, progress: Progress | None
-) -> dict[str, NDArray[np.float32]] | None:
-    if calibration is None or not parse_method(plan.recipe.method).uses_importance:
+def _windows(
+    model: PreTrainedModel, plan: Plan, calibration: Any, source: Path | None, count: int, length: int | None, seed: int
+) -> NDArray[np.int64] | None:
+    """Calibration as token windows, None where the method reads none."""
+    if calibration is None or not parse_method(plan.recipe.method).uses_calibration:
         return None
     if isinstance(calibration, str) or (isinstance(calibration, list | tuple) and all(isinstance(t, str) for t in calibration)):
-        calibration = _windows_of_text(model, calibration, source)
-
-    def report(done: int, total: int) -> None:
-        if progress:
-            progress("calibration", done, total)
-
-    return input_importance(model, np.asarray(calibration), report)
+        return _windows_of_text(model, calibration, source, count, length, seed)
+    windows = np.asarray(calibration)
+    check_windows(model, windows)
+    return windows
 
 
-def _windows_of_text(model: PreTrainedModel, text: str | Sequence[str], source: Path | None) -> NDArray[np.int64]:
-    from nybble.calibrate.windows import encode, token_windows
+def _windows_of_text(
+    model: PreTrainedModel, text: str | Sequence[str], source: Path | None, count: int, length: int | None, seed: int
+) -> NDArray[np.int64]:
+    from nybble.calibrate.windows import calibration_windows, encode
     from nybble.models.loading import context_length, load_tokenizer
 
     if source is None:
         raise InputError("calibration is text, but a model in memory has no tokenizer; give token windows [windows, tokens]")
     joined = text if isinstance(text, str) else "\n\n".join(text)
     ids, bos = encode(load_tokenizer(source), joined)
-    length = min(2048, context_length(model))
-    return token_windows(ids, length, CALIBRATION_WINDOWS, bos, "paper", None).ids
+    return calibration_windows(ids, context_length(model), bos, count, length, seed)
 
 
 def _provenance(plan: Plan, source: Path | None) -> dict[str, Any]:

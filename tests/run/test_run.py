@@ -232,7 +232,7 @@ def test_unknown_names_are_usage_errors(tiny: Callable[..., Any], tiny_folder: P
         nybble.quantize(tiny_folder, "intt4")
     with pytest.raises(UsageError, match="unknown method 'gptqq'"):
         nybble.quantize(tiny("gpt2"), "int4", method="gptqq")
-    with pytest.raises(UsageError, match="unknown option 'msee'"):
+    with pytest.raises(UsageError, match="unknown option of method rtn 'msee'"):
         nybble.quantize(tiny("gpt2"), "int4", method="rtn:msee")
     with pytest.raises(UsageError, match="dtype 'int8'"):
         nybble.load(tiny_folder, dtype="int8")

@@ -205,3 +205,34 @@ def token_windows(
         for row, (before, start) in enumerate(itertools.pairwise(starts), 1):
             scored[row, : length - (start - before)] = False  # what the window before has scored
     return Windows(ids=body, scored=scored, protocol=protocol, stride=step, bos=bos)
+
+
+CALIBRATION_WINDOWS = 128
+"""Calibration windows by default; GPTQ's and AWQ's papers use as many."""
+CALIBRATION_LENGTH = 2048
+"""Tokens of one by default, or the model's context where that is shorter."""
+
+
+def calibration_windows(
+    ids: NDArray[np.int64],
+    context: int,
+    bos: int | None = None,
+    count: int = CALIBRATION_WINDOWS,
+    length: int | None = None,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """int64 [windows, length]: windows side by side, and of more than `count` so many drawn with the seed, in text order.
+
+    Fewer where the text has no more. Raises UsageError for a length beyond the context, InputError where the text does not
+    fill one window.
+    """
+    if length is not None and length > context:
+        raise UsageError(f"calibration window of {length} tokens is longer than the model's context of {context}")
+    if count < 1:
+        raise UsageError(f"{count} calibration windows asked for; at least 1 is needed")
+    all_windows = token_windows(ids, length or min(context, CALIBRATION_LENGTH), None, bos).ids
+    if len(all_windows) <= count:
+        return all_windows
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(all_windows))[:count])
+    picked: NDArray[np.int64] = all_windows[drawn]
+    return picked

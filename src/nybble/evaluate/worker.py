@@ -49,7 +49,7 @@ def quality(job: Job) -> None:
         plans.append((variant, make_plan(tensors, recipe)))
     windows = _windows(job, model)
     _check_prompt(job, model)
-    importance = _importance(job, model, [variant.method for variant, _ in plans])
+    calibration = _calibration(job, model, [variant.method for variant, _ in plans])
     cache = None
     if windows is not None:
 
@@ -81,7 +81,7 @@ def quality(job: Job) -> None:
         sys.stdin.readline()
         observer = LayerObserver(plan, model_limit, layer_limits)
         folder = Path(job.work) / f"variant-{i}"
-        seconds = _make_variant(model, plan, importance, Path(job.folder), observer, folder)
+        seconds = _make_variant(model, plan, calibration, Path(job.folder), observer, folder)
         scored = _score_folder(folder, windows, cache) if windows is not None else None
         emit(
             "variant",
@@ -117,7 +117,7 @@ def _make_variant(model: Any, plan: Any, importance: Any, source: Path, observer
         emit("progress", what=f"quantizing {name}", done=done, total=total)
 
     start = time.perf_counter()
-    quantize_by_plan(model, plan, importance, source, progress=report, observe=observe).save(folder)
+    quantize_by_plan(model, plan, calibration, source, progress=report, observe=observe).save(folder)
     seconds = time.perf_counter() - start - looking
     gc.collect()
     return seconds
@@ -250,19 +250,16 @@ def _check_prompt(job: Job, model: Any) -> None:
     check_room(prompt, job.new_tokens, context_length(model))
 
 
-def _importance(job: Job, model: Any, methods: list[str]) -> Any:
-    from nybble.calibrate.importance import input_importance
-    from nybble.calibrate.windows import encode, token_windows
+def _calibration(job: Job, model: Any, methods: list[str]) -> Any:
+    """Calibration windows for the methods that read any; None where there is no text or no such method."""
+    from nybble.calibrate.windows import calibration_windows, encode
     from nybble.methods import parse_method
     from nybble.models.loading import context_length, load_tokenizer
-    from nybble.run import CALIBRATION_WINDOWS
 
-    if job.calibration is None or not any(m != "cast" and parse_method(m).uses_importance for m in methods):
+    if job.calibration is None or not any(m != "cast" and parse_method(m).uses_calibration for m in methods):
         return None
     ids, bos = encode(load_tokenizer(job.folder), Path(job.calibration).read_text(encoding="utf-8"))
-    length = min(context_length(model), 1024)
-    windows = token_windows(ids, length, CALIBRATION_WINDOWS, bos, "paper", None)
-    return input_importance(model, windows.ids, lambda done, total: emit("progress", what="calibration", done=done, total=total))
+    return calibration_windows(ids, context_length(model), bos, seed=job.seed)
 
 
 def _random_prompt(model: Any, seed: int) -> list[int]:

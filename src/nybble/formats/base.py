@@ -76,6 +76,11 @@ class Format(ABC):
     def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
         """(scale, offset), float32 [N, blocks] each, or [1, 1] per tensor; offset None means zero."""
 
+    @abstractmethod
+    def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
+        """Params whose `grid` is nearest to a scale and offset of any precision, float64 [N, blocks] each: what a method
+        that moves them by calculus calls. Exact for what `grid` gave, unless scales are stored in terms of each other."""
+
     def grid_of_rows(self, params: Params, rows: NDArray[np.int64]) -> tuple[Float32, Float32 | None]:
         """`grid` for some rows of the weight, int64 [T]: [T, blocks] each, or [1, 1] per tensor."""
         return self.grid({name: values if values.shape[0] == 1 else values[rows] for name, values in params.items()})
@@ -223,6 +228,12 @@ def store_up(values: Float64, dtype: str) -> NDArray[np.floating]:
     too_small = stored.astype(np.float64) < values
     stored[too_small] = np.nextafter(stored[too_small], target.type(np.inf))
     return stored
+
+
+def nearest_stored(values: Float64, dtype: str) -> NDArray[np.floating]:
+    """Values rounded to the nearest of a storage type; what lies beyond its largest becomes that."""
+    largest = float(np.finfo(dtype).max)
+    return np.clip(values, -largest, largest).astype(dtype)
 
 
 def slabs(shape: tuple[int, int]) -> list[slice]:

@@ -42,6 +42,9 @@ class Cast(Format):
     def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
         return np.ones((1, 1), dtype=np.float32), None
 
+    def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
+        return {}
+
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)
         weight = np.ascontiguousarray(weight, dtype=np.float32)

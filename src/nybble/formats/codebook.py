@@ -35,6 +35,7 @@ from nybble.formats.base import (
     blocked,
     check_finite,
     granularity_suffix,
+    nearest_stored,
     scale_dtype,
     slabs,
     spread,
@@ -107,6 +108,11 @@ class Codebook(PackedFormat):
         if self.double_quantized:
             return dequantize_scales(params), None
         return params["scale"].astype(np.float32), None
+
+    def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
+        if self.double_quantized:
+            return quantize_scales(scale.astype(np.float32))
+        return {"scale": nearest_stored(scale, scale_dtype(self.granularity))}
 
     def grid_of_rows(self, params: Params, rows: NDArray[np.int64]) -> tuple[Float32, Float32 | None]:
         if not self.double_quantized:

@@ -29,6 +29,7 @@ from nybble.formats.base import (
     blocked,
     check_finite,
     granularity_suffix,
+    nearest_stored,
     scale_dtype,
     slabs,
     spread,
@@ -92,6 +93,12 @@ class Integer(PackedFormat):
         if not self.asymmetric:
             return scale, None
         return scale, kernels.unpack(params["zero"], scale.shape[1], self.bits).astype(np.float32)
+
+    def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
+        params: Params = {"scale": nearest_stored(scale, scale_dtype(self.granularity))}
+        if offset is not None:
+            params["zero"] = kernels.pack(np.rint(offset).clip(0, 2**self.bits - 1).astype(np.uint8), self.bits)
+        return params
 
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)

@@ -1,17 +1,18 @@
 """Methods: which of the values that a format can hold each weight gets.
 
-One algorithm a file; the file's name is the method's name. A method module has
+One method a file; the file's name is the method's name. A method module has
 
-    OPTIONS: frozenset[str]        what may follow the name: `rtn:mse`
-    uses_importance(options)       whether calibration statistics change what it does
-    quantize(weight, fmt, options, importance) -> QTensor
+    SETTINGS     which steps it takes, and how (see steps/settings.py): all the arithmetic is there, shared
+    ALIASES      optional: words that may follow its name and the settings they stand for (`rtn:mse`)
 
-where weight is float32 [N, K] and importance None or float32 [K], the mean square of each input column. A method knows
-a format and statistics; it never sees a file, a model or a layer.
+and a docstring that says what it is, whose it is, and when to use it. Methods add up (`awq+gptq`), and every setting can
+be changed by an option after a colon (`gptq:damp=0.001:order=activation`). A method knows a format and statistics; it
+never sees a file, a model or a layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -22,45 +23,67 @@ import numpy as np
 
 from nybble.errors import UsageError, unknown_name
 from nybble.formats import Format, QTensor
+from nybble.methods.steps.settings import PLAIN, Settings, change
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its options, as a spec string names it: `rtn`, `rtn:mse`."""
+    """A method with its options, as a spec string names it: `rtn`, `rtn:mse`, `gptq:refine=3`."""
 
     name: str
-    options: frozenset[str]
+    options: tuple[str, ...]
+    settings: Settings
 
     @property
-    def _module(self) -> ModuleType:
-        return importlib.import_module(f"nybble.methods.{self.name}")
+    def uses_calibration(self) -> bool:
+        """Whether calibration text changes what it does; `settings.calibrated` says whether it must have some."""
+        return self.settings.calibrated or self.settings.scales == "search"
 
-    @property
-    def uses_importance(self) -> bool:
-        """Whether calibration statistics change what it does."""
-        return bool(self._module.uses_importance(self.options))
-
-    def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None) -> QTensor:
-        """Codes and params for a float32 weight [N, K]. Raises NumericError for weights that cannot be represented."""
-        result: QTensor = self._module.quantize(weight, fmt, self.options, importance)
-        return result
+    def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None) -> QTensor:
+        """QTensor of a float32 weight [N, K], rounded to nearest: what a method does where no Hessian is known.
+        `importance`, float32 [K], weighs the columns in a search. Raises NumericError as the format does."""
+        if self.settings.scales == "range" or fmt.is_cast:
+            params = fmt.fit(weight)
+        else:
+            params = fmt.fit(weight, np.ones(weight.shape[1], np.float32) if importance is None else importance)
+        return QTensor(fmt, fmt.encode(weight, params), params)
 
     def __str__(self) -> str:
-        return ":".join([self.name, *sorted(self.options)])
+        return ":".join([self.name, *self.options])
 
 
 def method_names() -> list[str]:
     """All methods there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg)
 
 
 def parse_method(spec: str) -> Method:
-    """The method of a spec string `NAME[:option...]`. Raises UsageError for an unknown name or option."""
+    """The method of a spec string `NAME[+NAME...][:option...]`. Raises UsageError for an unknown name or option."""
     name, *options = spec.strip().split(":")
-    if name not in method_names():
-        raise unknown_name("method", name, method_names())
-    known = importlib.import_module(f"nybble.methods.{name}").OPTIONS
+    settings, aliases = PLAIN, {}
+    for part in name.split("+"):
+        if part not in method_names():
+            raise unknown_name("method", part, method_names())
+        module = _module(part)
+        own: Settings = module.SETTINGS
+        fields = [field.name for field in dataclasses.fields(Settings)]
+        changed = {key: getattr(own, key) for key in fields if getattr(own, key) != getattr(PLAIN, key)}
+        settings = dataclasses.replace(settings, **changed)
+        aliases.update(getattr(module, "ALIASES", {}))
     for option in options:
-        if option not in known:
-            raise UsageError(f"method {name}: unknown option {option!r}; it has {', '.join(sorted(known)) or 'none'}")
-    return Method(name, frozenset(options))
+        if option in aliases:
+            settings = dataclasses.replace(settings, **aliases[option])
+        else:
+            settings = change(settings, name, option, aliases)
+    if len(set(options)) != len(options):
+        raise UsageError(f"method {spec!r}: an option is given twice")
+    return Method(name, tuple(sorted(options)), settings)
+
+
+def describe_method(name: str) -> str:
+    """The first line of a method's docstring."""
+    return (_module(name).__doc__ or "").strip().splitlines()[0]
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"nybble.methods.{name}")

@@ -1,0 +1,162 @@
+"""A model as a row of blocks: run one block at a time over all calibration windows, and look at what its layers are fed.
+
+Only the hidden states between two blocks are kept, float32 [windows, T, width]; a block's own activations live for one
+window. What else a block is called with (masks, rotary tables) is the same for every window, and taken from the first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nybble.errors import InputError
+from nybble.models.packed import replaceable
+
+
+class _Stop(Exception):
+    pass
+
+
+class Blocks:
+    """The repeated blocks of a model and the hidden states that enter the first of them."""
+
+    def __init__(self, model: nn.Module, windows: NDArray[np.integer[Any]]) -> None:
+        self.prefix, self.modules = find_blocks(model)
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        hidden: list[Tensor] = []
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args:
+                state, rest = args[0], args[1:]
+            else:
+                kwargs = dict(kwargs)
+                state, rest = kwargs.pop("hidden_states"), ()
+            self._arguments.append((rest, kwargs))
+            if len(self._arguments) == 1:
+                hidden.append(state.detach().clone())
+
+        def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+            raise _Stop
+
+        with torch.no_grad():
+            hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self.modules]
+            try:
+                model(torch.from_numpy(windows[:1].astype(np.int64)), **_no_cache(model))
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            if len(self._arguments) != len(self.modules):
+                raise InputError(f"the blocks {self.prefix} of this {type(model).__name__} do not run once each, in order")
+            one = self.modules[0].register_forward_pre_hook(first, with_kwargs=True)
+            try:
+                for window in windows[1:]:
+                    with suppress(_Stop):
+                        model(torch.from_numpy(window[None].astype(np.int64)), **_no_cache(model))
+            finally:
+                one.remove()
+        self.hidden = hidden
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def run(self, index: int, state: Tensor, module: nn.Module | None = None) -> Tensor:
+        """What block `index` makes of one window's hidden states [1, T, width]; `module` in its place."""
+        args, kwargs = self._arguments[index]
+        with torch.no_grad():
+            result = (module or self.modules[index])(state, *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def inputs(self, index: int, state: Tensor, layer: nn.Module, module: nn.Module | None = None) -> Tensor:
+        """float32 [T, K]: what a layer of the block is fed for one window; the block runs no further."""
+        _catch.layer, _catch.found = layer, None
+        try:
+            with suppress(_Stop):
+                self.run(index, state, module)
+        finally:
+            found, _catch.layer, _catch.found = _catch.found, None, None
+        assert found is not None, "inputs() needs catch_inputs(layer) around it"
+        return found.reshape(-1, found.shape[-1]).float()
+
+    def calls(self, index: int, state: Tensor, layers: dict[str, nn.Module]) -> list[list[str]]:
+        """Names of the block's layers in the order they run, those that are fed the same tensor together."""
+        groups: list[tuple[Tensor, list[str]]] = []
+
+        def watch(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                for tensor, names in groups:
+                    if tensor is args[0]:
+                        if name not in names:
+                            names.append(name)
+                        return
+                groups.append((args[0], [name]))
+
+            return hook
+
+        hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+        try:
+            self.run(index, state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        seen: set[str] = set()
+        result = []
+        for _, names in groups:
+            fresh = [name for name in names if name not in seen]
+            seen.update(fresh)
+            if fresh:
+                result.append(fresh)
+        return result
+
+
+class _Catch(threading.local):
+    """Per thread: the layer whose input is wanted."""
+
+    layer: nn.Module | None = None
+    found: Tensor | None = None
+
+
+_catch = _Catch()
+
+
+@contextmanager
+def catch_inputs(layer: nn.Module | None) -> Iterator[None]:
+    """Within it `Blocks.inputs` can look at what this layer is fed, on any thread."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if _catch.layer is module:
+            _catch.found = args[0].detach()
+            raise _Stop
+
+    handle = layer.register_forward_pre_hook(hook) if layer is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
+    """(path, modules) of the list of blocks: the outermost list that holds most packable weights."""
+    best: tuple[int, str, list[nn.Module]] = (0, "", [])
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            weights = sum(
+                int(inner.weight.numel()) for inner in module.modules() if replaceable(inner) and not isinstance(inner, nn.Embedding)
+            )
+            if weights > best[0]:
+                best = (weights, path, list(module))
+    if not best[2]:
+        raise InputError(f"this {type(model).__name__} has no list of blocks with linear layers to calibrate")
+    return best[1], best[2]
+
+
+def _no_cache(model: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

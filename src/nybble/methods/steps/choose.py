@@ -1,0 +1,169 @@
+"""The codes of one weight, from its statistics and a method's settings; never worse than rounding to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nybble.calibrate.statistics import Statistics
+from nybble.formats import Format, QTensor
+from nybble.formats.base import Params
+from nybble.methods.steps.factor import Factor, factorize, loss_of
+from nybble.methods.steps.grid import Chosen, Snap, decode, grid_of, params_of
+from nybble.methods.steps.refinement import refine
+from nybble.methods.steps.rounding import round_with_feedback
+from nybble.methods.steps.settings import Settings
+
+SLAB_ROWS = 128
+"""Rows that are worked on together, whatever the number of threads: what a slab gives depends on nothing outside it."""
+Each = Callable[[Callable[[int], None], Iterable[int]], None]
+"""Calls a function with every index, in any order, perhaps on several threads."""
+
+
+def in_turn(function: Callable[[int], None], indices: Iterable[int]) -> None:
+    """The plain `Each`."""
+    for index in indices:
+        function(index)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a method did to one weight. Losses are squared errors of the layer's outputs on its inputs, as shares of the
+    outputs' own squares: tr(E H E^T) / tr(W H W^T)."""
+
+    loss_of_rounding: float
+    """Of plain rounding to nearest."""
+    loss: float
+    damping: float
+    """What was added to the Hessian's diagonal, as a share of its mean; more than asked for where that did not do."""
+    dead_columns: int
+    """Columns that calibration never activated."""
+    rows_fallen_back: int
+    """Rows for which rounding to nearest was better than the loop, and was taken."""
+
+
+def choose(
+    weight: NDArray[np.float32], fmt: Format, settings: Settings, stats: Statistics, each: Each = in_turn
+) -> tuple[QTensor, Account]:
+    """QTensor for a float32 weight [N, K], and the account of it.
+
+    Raises NumericError as the format does (weights that are not finite) and as `factorize` does (statistics).
+    """
+    plain = _rounded(weight, fmt, fmt.fit(weight))
+    shared = None
+    if not fmt.independent or fmt.blocks((weight.shape[0], weight.shape[1]))[0] == 1:  # params that rows share
+        importance = _normalised(stats.importance()) if settings.scales == "search" else None
+        shared = fmt.fit(weight, importance)
+    work = _Weight(torch.from_numpy(weight.astype(np.float64)), fmt, settings, Snap(fmt), plain, shared)
+    damping = 0.0
+    dead = 0
+    for rows, index in stats.parts(weight.shape[0]):
+        factor = work.part(rows, stats, index, each)
+        damping, dead = max(damping, factor.damping), max(dead, factor.dead)
+    params = shared if shared is not None else params_of(fmt, work.result.scale, work.result.offset)
+    energy = work.energy or 1.0
+    account = Account(
+        float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum())
+    )
+    return QTensor(fmt, work.result.codes.numpy(), params), account
+
+
+class _Weight:
+    """One weight while its codes are chosen, group of rows by group of rows."""
+
+    def __init__(
+        self, weight: Tensor, fmt: Format, settings: Settings, snap: Snap, plain: Chosen, shared: Params | None
+    ) -> None:
+        rows = weight.shape[0]
+        self.weight, self.fmt, self.settings, self.snap, self.plain, self.shared = weight, fmt, settings, snap, plain, shared
+        self.result = Chosen(plain.codes.clone(), plain.scale.clone(), None if plain.offset is None else plain.offset.clone())
+        self.before, self.after = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
+        self.fallen = torch.zeros(rows, dtype=torch.bool)
+        self.energy = 0.0
+
+    def part(self, rows: slice, stats: Statistics, index: int, each: Each) -> Factor:
+        """Choose for the rows of one group; they share a Hessian."""
+        columns = self.weight.shape[1]
+        hessian = stats.moments[index]
+        factor = factorize(hessian, self.settings.damp, self.settings.order, self.fmt.block(columns))
+        damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+        target = self.weight[rows]
+        if self.settings.target > 0 and stats.cross is not None:
+            target = stats.target(target, index, self.settings.target, self.settings.ridge)
+        params = self.shared if self.shared is not None else self._params_before(target, factor)
+
+        def slab(start: int) -> None:
+            self._slab(slice(start, min(start + SLAB_ROWS, rows.stop)), rows.start, target, hessian, damped, factor, params)
+
+        each(slab, range(rows.start, rows.stop, SLAB_ROWS))
+        self.energy += float(loss_of(self.weight[rows], hessian).sum())
+        return factor
+
+    def _slab(
+        self, rows: slice, first: int, target: Tensor, hessian: Tensor, damped: Tensor, factor: Factor, params: Params | None
+    ) -> None:
+        fmt, settings, snap = self.fmt, self.settings, self.snap
+        goal = target[rows.start - first : rows.stop - first]
+        mine = params
+        if params is not None and self.shared is None:
+            mine = {name: values[rows.start - first : rows.stop - first] for name, values in params.items()}
+        if settings.feedback:
+            got = round_with_feedback(goal, factor, fmt, mine, settings.scales == "search", snap)
+        else:
+            assert mine is not None
+            got = _rounded(goal.numpy().astype(np.float32), fmt, mine)
+        plain = self._plain(rows)
+        plain_value = decode(fmt, plain, snap)
+        if self.shared is None:
+            worse = loss_of(decode(fmt, got, snap) - goal, hessian) > loss_of(plain_value - goal, hessian)
+            got = _mix(worse, plain, got)
+            self.fallen[rows] = worse
+        if settings.refine:
+            got = refine(goal, damped, fmt, got, settings.refine, snap)
+        self.result.codes[rows] = got.codes
+        if self.shared is None:
+            self.result.scale[rows] = got.scale
+            if self.result.offset is not None and got.offset is not None:
+                self.result.offset[rows] = got.offset
+        self.before[rows] = loss_of(plain_value - self.weight[rows], hessian)
+        self.after[rows] = loss_of(decode(fmt, got, snap) - self.weight[rows], hessian)
+
+    def _plain(self, rows: slice) -> Chosen:
+        def of_rows(grid: Tensor) -> Tensor:
+            return grid if grid.shape[0] != self.plain.codes.shape[0] else grid[rows]
+
+        offset = None if self.plain.offset is None else of_rows(self.plain.offset)
+        return Chosen(self.plain.codes[rows], of_rows(self.plain.scale), offset)
+
+    def _params_before(self, target: Tensor, factor: Factor) -> Params | None:
+        """Params fitted before the loop, where a block is the whole row, or the order of columns tears blocks apart; None
+        where the loop fits them block by block."""
+        settings, columns = self.settings, self.weight.shape[1]
+        if settings.feedback and self.fmt.block(columns) < columns and settings.order != "activation":
+            return None
+        values = target.numpy().astype(np.float32)
+        if settings.scales == "range":
+            return self.fmt.fit(values)
+        weights = factor.pivots_by_column() if settings.feedback else torch.ones(columns)
+        return self.fmt.fit(values, _normalised(weights))
+
+
+def _rounded(weight: NDArray[np.float32], fmt: Format, params: Params) -> Chosen:
+    scale, offset = grid_of(fmt, params)
+    return Chosen(torch.from_numpy(fmt.encode(weight, params)), scale, offset)
+
+
+def _mix(worse: Tensor, plain: Chosen, got: Chosen) -> Chosen:
+    pick = worse[:, None]
+    offset = None if got.offset is None or plain.offset is None else torch.where(pick, plain.offset, got.offset)
+    return Chosen(torch.where(pick, plain.codes, got.codes), torch.where(pick, plain.scale, got.scale), offset)
+
+
+def _normalised(weights: Tensor) -> NDArray[np.float32]:
+    """float32, the largest 1: float32 would not hold some Hessians."""
+    return (weights / max(float(weights.max()), 1e-300)).numpy().astype(np.float32)

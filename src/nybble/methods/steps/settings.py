@@ -1,0 +1,104 @@
+"""Settings: what a method does, step by step. A method's file names the settings it starts from; options change them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from nybble.errors import UsageError, unknown_name
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every switch of every step. The defaults are plain rounding to nearest."""
+
+    scales: Literal["range", "search"] = "range"
+    """Scales from the plain range of a block, or searched for the least weighted error."""
+    importance: bool = False
+    """The search weighs columns by their mean square in calibration."""
+    feedback: bool = False
+    """Round column by column with feedback (GPTQ)."""
+    order: Literal["groups", "activation", "natural"] = "groups"
+    """Order of the columns in that loop."""
+    damp: float = 0.01
+    """Share of the mean diagonal added to the Hessian."""
+    inputs: Literal["quantized", "float"] = "quantized"
+    """Whose activations the statistics are of: of the model whose earlier layers are quantized already, or the float one."""
+    target: float = 0.0
+    """How far the weight aimed at goes from the float weight (0) to the one whose outputs on the inputs that the quantized
+    model really has are nearest to the float layer's (1)."""
+    ridge: float = 0.01
+    """Pull of that target towards the float weight, as a share of the mean diagonal."""
+    fisher: int = 0
+    """Draws of the gradient of the true Fisher information that weight every token; 0: all tokens count alike."""
+    refine: int = 0
+    """Rounds of refinement of codes, scales and offsets after rounding."""
+    tune: int = 0
+    """Steps of tuning all layers together against the float model's predictions."""
+    batch: int = 8
+    """Windows of each such step."""
+    travel: float = 0.3
+    """How far a code's position can move in all these steps, in levels."""
+    gain: float = 0.003
+    """How much a scale can change in one such step, as a share of itself."""
+    seed: int = 0
+    """Of the draws and of the order of windows in tuning."""
+
+    @property
+    def blockwise(self) -> bool:
+        """Whether the model has to be walked block by block; else every weight is a matter of its own."""
+        return self.hessian or self.tune > 0
+
+    @property
+    def hessian(self) -> bool:
+        """Whether the inputs' second moments are needed."""
+        return self.feedback or self.refine > 0 or self.target > 0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any step reads calibration text."""
+        return self.blockwise or self.importance
+
+    @property
+    def float_stream(self) -> bool:
+        """Whether the float model's activations are needed."""
+        return self.target > 0 or self.inputs == "float"
+
+
+PLAIN = Settings()
+
+
+def change(settings: Settings, method: str, option: str, aliases: Iterable[str] = ()) -> Settings:
+    """Settings with an option `NAME=VALUE`, `NAME` (on) or `no-NAME` (off) applied. Raises UsageError that names it."""
+    hints = get_type_hints(Settings)
+    name, equals, text = option.partition("=")
+    off = name.startswith("no-") and not equals
+    key = name.removeprefix("no-") if off else name
+    if key not in hints:
+        raise unknown_name(f"option of method {method}", option, [*aliases, *hints])
+    return dataclasses.replace(settings, **{key: _value(method, option, hints[key], off, text if equals else None)})
+
+
+def _value(method: str, option: str, kind: Any, off: bool, text: str | None) -> Any:
+    choices = get_args(kind)
+    if choices:
+        if text not in choices:
+            raise UsageError(f"method {method}: option {option!r} must be one of {', '.join(choices)}")
+        return text
+    if off:
+        return kind(0)
+    if text is None:
+        if kind is bool:
+            return True
+        raise UsageError(f"method {method}: option {option!r} needs a value, {option}=NUMBER")
+    if kind is bool:
+        raise UsageError(f"method {method}: option {option!r} is a switch; write {option.partition('=')[0]} or no-...")
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise UsageError(f"method {method}: option {option!r} is not a number") from error
+    if not 0 <= value < 1e6:
+        raise UsageError(f"method {method}: option {option!r} must lie between 0 and 1000000")
+    return value

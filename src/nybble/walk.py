@@ -1,0 +1,218 @@
+"""Calibrated methods carried out: block by block, with one block's statistics in memory at a time.
+
+Two streams of hidden states may go through the model: the float one, X, and that of the model as quantized so far, Y. For
+every group of layers that are fed the same tensor, in the order they run: statistics over all windows, codes for each
+weight, the decoded weight put in its place; then the streams go one block on. Weights outside the blocks come last, and
+then, where the method asks for it, all layers are tuned together. The model given is left holding decoded weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nybble.calibrate.blocks import Blocks, catch_inputs
+from nybble.calibrate.fisher import token_weights
+from nybble.calibrate.predictions import Predictions
+from nybble.calibrate.statistics import Statistics, Sums
+from nybble.calibrate.workers import Workers
+from nybble.errors import NumericError
+from nybble.formats import Format, QTensor
+from nybble.methods.steps.choose import Account, choose
+from nybble.methods.steps.settings import Settings
+from nybble.methods.steps.tuning import Latent, tune
+
+CHUNK = 4
+"""Windows whose moments are summed on one thread before they are added to the others'."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Walk:
+    """One model on its way through a calibrated method."""
+
+    model: nn.Module
+    """Its weights are replaced as they are decided."""
+    layers: Mapping[str, nn.Module]
+    """Weight name -> the module that owns it."""
+    formats: Mapping[str, Format]
+    """What the weights become; those of `layers` that are not here stay."""
+    settings: Settings
+    windows: NDArray[np.integer[Any]]
+    row_groups: Mapping[str, int]
+    """Name -> in how many equal parts a weight's rows fall (query, key and value in one matrix: 3); 1 where not given."""
+    workers: Workers
+    progress: Progress | None = None
+    tensors: dict[str, QTensor] = field(default_factory=dict)
+    accounts: dict[str, Account] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Fill `tensors` and `accounts`. Raises NumericError naming the weight, InputError where the model has no blocks."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        floats: dict[str, NDArray[np.float32]] = {}
+        predictions = None
+        if self.settings.tune:
+            floats = {name: float_weight(self.layers[name]) for name in self.formats}
+            predictions = Predictions(self.model, self.windows, self.workers)
+        self._counts = self._token_weights() if self.settings.fisher else {}
+        self._blocks()
+        self._others()
+        if predictions is not None:
+            self._tune(predictions, floats)
+
+    def _token_weights(self) -> dict[str, list[Tensor]]:
+        modules = {name: module for name, module in self.layers.items() if not isinstance(module, nn.Embedding)}
+        groups = {name: self.row_groups.get(name, 1) for name in modules}
+
+        def report(done: int, total: int) -> None:
+            self._report("weighing tokens", done, total)
+
+        return token_weights(
+            self.model, modules, groups, self.windows, self.settings.fisher, self.settings.seed, self.workers, report
+        )
+
+    def _blocks(self) -> None:
+        blocks = Blocks(self.model, self.windows)
+        settings = self.settings
+        present = blocks.hidden
+        floats = [state.clone() for state in present] if settings.float_stream else present
+        for index, block in enumerate(blocks.modules):
+            inside = {id(module) for module in block.modules()}
+            layers = {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
+            twin = copy.deepcopy(block) if settings.float_stream else None
+            twins = {} if twin is None else dict(zip(map(id, block.modules()), twin.modules(), strict=True))
+            for group in blocks.calls(index, present[0], layers) if layers else ():
+                layer = layers[group[0]]
+
+                def inputs(w: int, i: int = index, one: nn.Module = layer) -> Tensor:
+                    return blocks.inputs(i, present[w], one)  # noqa: B023  # called before the loop goes on
+
+                def float_inputs(w: int, i: int = index, one: nn.Module = twins.get(id(layer), layer), whole: Any = twin) -> Tensor:
+                    return blocks.inputs(i, floats[w], one, whole)  # noqa: B023
+
+                with catch_inputs(layer), catch_inputs(twins.get(id(layer))):
+                    if settings.inputs == "float":
+                        stats = self._statistics(group, float_inputs, None)
+                    else:
+                        stats = self._statistics(group, inputs, float_inputs if settings.target > 0 else None)
+                for name in group:
+                    self._decide(name, stats[name])
+            if settings.inputs == "quantized":
+                present = list(self.workers.map(lambda state, i=index: blocks.run(i, state), present))
+            if twin is not None:
+                floats = list(self.workers.map(lambda state, i=index, m=twin: blocks.run(i, state, m), floats))
+            if settings.inputs == "float":
+                present = floats
+
+    def _others(self) -> None:
+        """Weights outside the blocks, and those in blocks that no window reached. A head has the statistics of its inputs;
+        a table that is only looked up has none: every column counts alike."""
+        left = [name for name in self.formats if name not in self.tensors]
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        for name in left:
+            layer = self.layers[name]
+            columns = float_weight(layer).shape[1]
+            stats = Statistics([torch.eye(columns, dtype=torch.float64)], None, 0)
+            if head is not None and head._parameters["weight"] is layer._parameters["weight"]:
+                base = self.model.base_model
+
+                def inputs(w: int, base: Any = base) -> Tensor:
+                    ids = torch.from_numpy(self.windows[w : w + 1].astype(np.int64))
+                    state: Tensor = base(ids, use_cache=False).last_hidden_state
+                    return state.reshape(-1, state.shape[-1]).float()
+
+                found = self._statistics([name], inputs, None)[name]
+                if head is not layer:  # tied: a row is also looked up as it is, where every column counts alike
+                    moment = found.moments[0]
+                    mean = moment.diagonal().mean()
+                    found = Statistics([(moment + mean * torch.eye(columns, dtype=torch.float64)) / 2], None, found.tokens)
+                stats = found
+            self._decide(name, stats)
+
+    def _statistics(
+        self, group: list[str], inputs: Callable[[int], Tensor], float_inputs: Callable[[int], Tensor] | None
+    ) -> dict[str, Statistics]:
+        """Statistics for the weights of a group, which share their inputs; one for all, unless tokens count differently."""
+        length, count = self.windows.shape[1], len(self.windows)
+        weighted = [name for name in group if name in self._counts]
+        keys: list[str] = weighted or [group[0]]
+
+        def chunk(start: int) -> dict[str, Sums]:
+            sums: dict[str, Sums] = {}
+            with torch.no_grad():
+                for w in range(start, min(start + CHUNK, count)):
+                    y = inputs(w)
+                    x = None if float_inputs is None else float_inputs(w)
+                    for key in keys:
+                        counts = [c[w * length : (w + 1) * length] for c in self._counts[key]] if weighted else [None]
+                        sums.setdefault(key, Sums()).add_window(y, x, counts)
+            return sums
+
+        total: dict[str, Sums] = {}
+        for part in self.workers.map(chunk, range(0, count, CHUNK)):
+            for key, sums in part.items():
+                total[key] = sums if key not in total else total[key].add(sums)
+        return {name: total[name if name in total else keys[0]].finish() for name in group}
+
+    def _decide(self, name: str, stats: Statistics) -> None:
+        layer = self.layers[name]
+        try:
+            tensor, account = choose(float_weight(layer), self.formats[name], self.settings, stats, self.workers.each)
+        except NumericError as error:
+            raise NumericError(f"{name}: {error}") from error
+        self.tensors[name], self.accounts[name] = tensor, account
+        put_weight(layer, tensor.decode())
+        self._report(name, len(self.tensors), len(self.formats))
+
+    def _tune(self, predictions: Predictions, floats: Mapping[str, NDArray[np.float32]]) -> None:
+        latents = {name: Latent.of(tensor, torch.from_numpy(floats[name])) for name, tensor in self.tensors.items()}
+        if not latents:
+            return
+        leaves: dict[str, Tensor] = {}
+        for name in latents:
+            parameter = self.layers[name]._parameters["weight"]
+            assert parameter is not None
+            leaves[name] = parameter.requires_grad_(True)
+
+        def slope(indices: list[int]) -> dict[str, Tensor]:
+            found = predictions.slope(leaves, indices)[1]
+            return {name: g.T if isinstance(self.layers[name], Conv1D) else g for name, g in found.items()}
+
+        def show(name: str, weight: Tensor) -> None:
+            put_weight(self.layers[name], weight.numpy())
+
+        tune(latents, self.settings, len(self.windows), slope, predictions.mean_loss, show, self.workers.each, self._report)
+        for name, latent in latents.items():
+            leaves[name].requires_grad_(False)
+            self.tensors[name] = latent.tensor()
+            put_weight(self.layers[name], self.tensors[name].decode())
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if self.progress:
+            self.progress(what, done, total)
+
+
+def float_weight(layer: nn.Module) -> NDArray[np.float32]:
+    """float32 [N, K] of a layer's weight, GPT-2's Conv1D turned round."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    values = weight.detach().to(torch.float32).cpu()
+    return np.ascontiguousarray(values.T.numpy() if isinstance(layer, Conv1D) else values.numpy())
+
+
+def put_weight(layer: nn.Module, weight: NDArray[np.float32]) -> None:
+    """Put a float weight [N, K] in the place of a layer's own."""
+    parameter = layer._parameters["weight"]
+    assert parameter is not None
+    values = torch.from_numpy(weight)
+    with torch.no_grad():
+        parameter.copy_(values.T if isinstance(layer, Conv1D) else values)
