@@ -18,6 +18,7 @@ import pytest
 import nybble
 from nybble.formats import format_names
 from nybble.methods import method_names, parse_method
+from nybble.methods.steps.settings import Settings
 
 ROOT = Path(nybble.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -158,11 +159,8 @@ def test_formats_and_methods_are_found_by_file() -> None:
     files = {path.stem for path in (ROOT / "methods").glob("*.py")} - {"__init__"}
     assert sorted(files) == method_names()
     for name in files:
-        parse_method(name)
-        module = importlib.import_module(f"nybble.methods.{name}")
-        assert isinstance(module.OPTIONS, frozenset)
-        assert isinstance(module.uses_importance(frozenset()), bool)
-        assert callable(module.quantize)
+        assert isinstance(importlib.import_module(f"nybble.methods.{name}").SETTINGS, Settings)
+        assert parse_method(name).settings == importlib.import_module(f"nybble.methods.{name}").SETTINGS
 
 
 HEAVY = ("torch", "transformers", "matplotlib", "huggingface_hub", "tokenizers")

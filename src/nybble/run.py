@@ -189,7 +189,9 @@ def quantize_by_plan(
     known = sites(model)
     formats = {row.tensor.name: parse_format(row.format or "") for row in rows}
     if windows is None and method.settings.calibrated and not all(fmt.is_cast for fmt in formats.values()):
-        raise UsageError(f"method {method} reads calibration text; give some (--calibrate FILE), or use rtn:mse, which needs none")
+        raise UsageError(
+            f"method {method} reads calibration text; give some (--calibrate FILE), or use rtn:mse, which needs none"
+        )
     if windows is not None and method.uses_calibration:
         check_windows(model, windows)
     packed: dict[str, QTensor] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nybble.calibrate.blocks import Blocks, catch_inputs
+from nybble.calibrate.blocks import Blocks, no_cache
 from nybble.calibrate.fisher import token_weights
 from nybble.calibrate.predictions import Predictions
 from nybble.calibrate.statistics import Statistics, Sums
+from nybble.calibrate.watching import catch_inputs, inputs_of
 from nybble.calibrate.workers import Workers
 from nybble.errors import NumericError
 from nybble.formats import Format, QTensor
@@ -92,51 +94,53 @@ class Walk:
             twins = {} if twin is None else dict(zip(map(id, block.modules()), twin.modules(), strict=True))
             for group in blocks.calls(index, present[0], layers) if layers else ():
                 layer = layers[group[0]]
-
-                def inputs(w: int, i: int = index, one: nn.Module = layer) -> Tensor:
-                    return blocks.inputs(i, present[w], one)  # noqa: B023  # called before the loop goes on
-
-                def float_inputs(w: int, i: int = index, one: nn.Module = twins.get(id(layer), layer), whole: Any = twin) -> Tensor:
-                    return blocks.inputs(i, floats[w], one, whole)  # noqa: B023
-
-                with catch_inputs(layer), catch_inputs(twins.get(id(layer))):
+                inputs = partial(_look, blocks, index, present, layer, None)
+                float_inputs = partial(_look, blocks, index, floats, twins.get(id(layer), layer), twin)
+                with catch_inputs(layer, twins.get(id(layer))):
                     if settings.inputs == "float":
                         stats = self._statistics(group, float_inputs, None)
                     else:
                         stats = self._statistics(group, inputs, float_inputs if settings.target > 0 else None)
                 for name in group:
                     self._decide(name, stats[name])
-            if settings.inputs == "quantized":
-                present = list(self.workers.map(lambda state, i=index: blocks.run(i, state), present))
             if twin is not None:
-                floats = list(self.workers.map(lambda state, i=index, m=twin: blocks.run(i, state, m), floats))
-            if settings.inputs == "float":
-                present = floats
+                floats = list(self.workers.map(partial(blocks.run, index, module=twin), floats))
+            present = list(self.workers.map(partial(blocks.run, index), present)) if settings.inputs == "quantized" else floats
 
     def _others(self) -> None:
-        """Weights outside the blocks, and those in blocks that no window reached. A head has the statistics of its inputs;
-        a table that is only looked up has none: every column counts alike."""
-        left = [name for name in self.formats if name not in self.tensors]
+        """Weights outside the blocks, and those in blocks that no window reaches. A linear layer has the statistics of its
+        inputs; a table that is only looked up has none: every column counts alike. A head that is also a table: both."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        for name in left:
+        for name in [name for name in self.formats if name not in self.tensors]:
             layer = self.layers[name]
             columns = float_weight(layer).shape[1]
-            stats = Statistics([torch.eye(columns, dtype=torch.float64)], None, 0)
-            if head is not None and head._parameters["weight"] is layer._parameters["weight"]:
-                base = self.model.base_model
+            alike = torch.eye(columns, dtype=torch.float64)
+            user: nn.Module = layer
+            tied = head is not None and head is not layer and head._parameters["weight"] is layer._parameters["weight"]
+            if tied:
+                user = head
+            stats = Statistics([alike], None, 0)
+            if not isinstance(user, nn.Embedding) and self._reached(user):
 
-                def inputs(w: int, base: Any = base) -> Tensor:
-                    ids = torch.from_numpy(self.windows[w : w + 1].astype(np.int64))
-                    state: Tensor = base(ids, use_cache=False).last_hidden_state
-                    return state.reshape(-1, state.shape[-1]).float()
+                def inputs(w: int, user: nn.Module = user) -> Tensor:
+                    found = inputs_of(user, lambda: self._forward(w))
+                    assert found is not None
+                    return found
 
-                found = self._statistics([name], inputs, None)[name]
-                if head is not layer:  # tied: a row is also looked up as it is, where every column counts alike
-                    moment = found.moments[0]
-                    mean = moment.diagonal().mean()
-                    found = Statistics([(moment + mean * torch.eye(columns, dtype=torch.float64)) / 2], None, found.tokens)
-                stats = found
+                with catch_inputs(user):
+                    stats = self._statistics([name], inputs, None)[name]
+                if tied:
+                    moment = stats.moments[0]
+                    stats = Statistics([(moment + moment.diagonal().mean() * alike) / 2], None, stats.tokens)
             self._decide(name, stats)
+
+    def _forward(self, window: int) -> Any:
+        return self.model(torch.from_numpy(self.windows[window : window + 1].astype(np.int64)), **no_cache(self.model))
+
+    def _reached(self, layer: nn.Module) -> bool:
+        with torch.no_grad(), catch_inputs(layer):
+            found = inputs_of(layer, lambda: self._forward(0))
+        return found is not None and len(found) == self.windows.shape[1]
 
     def _statistics(
         self, group: list[str], inputs: Callable[[int], Tensor], float_inputs: Callable[[int], Tensor] | None
@@ -199,6 +203,10 @@ class Walk:
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress:
             self.progress(what, done, total)
+
+
+def _look(blocks: Blocks, index: int, states: list[Tensor], layer: nn.Module, whole: nn.Module | None, window: int) -> Tensor:
+    return blocks.inputs(index, states[window], layer, whole)
 
 
 def float_weight(layer: nn.Module) -> NDArray[np.float32]:

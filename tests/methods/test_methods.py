@@ -29,7 +29,10 @@ def test_names_and_specs() -> None:
         assert str(parse_method(name)) == name
         assert parse_method(name) == parse_method(str(parse_method(name)))
     assert str(parse_method(" rtn:mse ")) == "rtn:mse"
-    assert parse_method("rtn:mse").options == {"mse"}
+    assert parse_method("rtn:mse").options == ("mse",)
+    assert str(parse_method("gptq:no-feedback:damp=0.1")) == "gptq:damp=0.1:no-feedback"
+    both = parse_method("imatrix+gptq").settings
+    assert (both.feedback, both.scales, both.importance) == (True, "search", True)
 
 
 @pytest.mark.parametrize(
@@ -37,8 +40,16 @@ def test_names_and_specs() -> None:
     [
         ("rnt", "unknown method 'rnt'; did you mean rtn? (known: "),
         ("", "unknown method ''"),
-        ("rtn:msr", "method rtn: unknown option 'msr'; it has mse"),
-        ("rtn:", "method rtn: unknown option ''"),
+        ("rtn:msr", "unknown option of method rtn 'msr'; did you mean mse"),
+        ("rtn:", "unknown option of method rtn ''"),
+        ("gptq:damp", "option 'damp' needs a value, damp=NUMBER"),
+        ("gptq:damp=much", "option 'damp=much' is not a number"),
+        ("gptq:damp=-1", "must lie between 0 and 1000000"),
+        ("gptq:damp=nan", "must lie between 0 and 1000000"),
+        ("gptq:order=backwards", "must be one of groups, activation, natural"),
+        ("gptq:feedback=1", "is a switch"),
+        ("gptq:damp=1:damp=1", "an option is given twice"),
+        ("gptq+", "unknown method ''"),
         ("__init__", "unknown method '__init__'"),
         ("../rtn", "unknown method '../rtn'"),
     ],
@@ -83,8 +94,8 @@ def test_rtn_of_groups_is_plain_rounding() -> None:
 
 def test_rtn_ignores_importance() -> None:
     method, fmt = parse_method("rtn"), parse_format("int4:g64")
-    assert not method.uses_importance
-    assert parse_method("rtn:mse").uses_importance
+    assert not method.uses_calibration
+    assert parse_method("rtn:mse").uses_calibration
     weighted = method.quantize(heavy(), fmt, np.arange(256, dtype=np.float32))
     assert np.array_equal(weighted.codes, method.quantize(heavy(), fmt, None).codes)
 

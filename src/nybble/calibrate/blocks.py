@@ -6,9 +6,8 @@ window. What else a block is called with (masks, rotary tables) is the same for 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nybble.calibrate.watching import Stop, inputs_of
 from nybble.errors import InputError
 from nybble.models.packed import replaceable
-
-
-class _Stop(Exception):
-    pass
 
 
 class Blocks:
@@ -44,12 +40,12 @@ class Blocks:
 
         def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-            raise _Stop
+            raise Stop
 
         with torch.no_grad():
             hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self.modules]
             try:
-                model(torch.from_numpy(windows[:1].astype(np.int64)), **_no_cache(model))
+                model(torch.from_numpy(windows[:1].astype(np.int64)), **no_cache(model))
             finally:
                 for hook in hooks:
                     hook.remove()
@@ -58,8 +54,8 @@ class Blocks:
             one = self.modules[0].register_forward_pre_hook(first, with_kwargs=True)
             try:
                 for window in windows[1:]:
-                    with suppress(_Stop):
-                        model(torch.from_numpy(window[None].astype(np.int64)), **_no_cache(model))
+                    with suppress(Stop):
+                        model(torch.from_numpy(window[None].astype(np.int64)), **no_cache(model))
             finally:
                 one.remove()
         self.hidden = hidden
@@ -76,14 +72,9 @@ class Blocks:
 
     def inputs(self, index: int, state: Tensor, layer: nn.Module, module: nn.Module | None = None) -> Tensor:
         """float32 [T, K]: what a layer of the block is fed for one window; the block runs no further."""
-        _catch.layer, _catch.found = layer, None
-        try:
-            with suppress(_Stop):
-                self.run(index, state, module)
-        finally:
-            found, _catch.layer, _catch.found = _catch.found, None, None
+        found = inputs_of(layer, lambda: self.run(index, state, module))
         assert found is not None, "inputs() needs catch_inputs(layer) around it"
-        return found.reshape(-1, found.shape[-1]).float()
+        return found
 
     def calls(self, index: int, state: Tensor, layers: dict[str, nn.Module]) -> list[list[str]]:
         """Names of the block's layers in the order they run, those that are fed the same tensor together."""
@@ -116,41 +107,13 @@ class Blocks:
         return result
 
 
-class _Catch(threading.local):
-    """Per thread: the layer whose input is wanted."""
-
-    layer: nn.Module | None = None
-    found: Tensor | None = None
-
-
-_catch = _Catch()
-
-
-@contextmanager
-def catch_inputs(layer: nn.Module | None) -> Iterator[None]:
-    """Within it `Blocks.inputs` can look at what this layer is fed, on any thread."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if _catch.layer is module:
-            _catch.found = args[0].detach()
-            raise _Stop
-
-    handle = layer.register_forward_pre_hook(hook) if layer is not None else None
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-
-
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """(path, modules) of the list of blocks: the outermost list that holds most packable weights."""
     best: tuple[int, str, list[nn.Module]] = (0, "", [])
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
-            weights = sum(
-                int(inner.weight.numel()) for inner in module.modules() if replaceable(inner) and not isinstance(inner, nn.Embedding)
-            )
+            inner = [layer for layer in module.modules() if replaceable(layer) and not isinstance(layer, nn.Embedding)]
+            weights = sum(parameter.numel() for layer in inner if (parameter := layer._parameters["weight"]) is not None)
             if weights > best[0]:
                 best = (weights, path, list(module))
     if not best[2]:
@@ -158,5 +121,6 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return best[1], best[2]
 
 
-def _no_cache(model: nn.Module) -> dict[str, Any]:
+def no_cache(model: nn.Module) -> dict[str, Any]:
+    """Arguments that keep a model from building a cache of keys and values."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

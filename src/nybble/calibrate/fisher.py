@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nybble.calibrate.blocks import no_cache
+from nybble.calibrate.watching import keep_outputs
 from nybble.calibrate.workers import Workers
 
 FLOOR = 0.1
@@ -26,7 +28,7 @@ CLIP = 0.999
 
 def token_weights(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
+    layers: Mapping[str, nn.Module],
     groups: Mapping[str, int],
     windows: NDArray[np.integer[Any]],
     draws: int,
@@ -34,76 +36,48 @@ def token_weights(
     workers: Workers,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Name -> per group of rows float32 [windows * T], mean 1. `groups` says in how many parts a weight's rows fall."""
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    names = list(modules)
+    """Name -> per group of rows float32 [windows * T], mean 1. `groups` says in how many parts a weight's rows fall.
 
-    def one(index: int) -> list[list[Tensor]]:
-        outputs: dict[str, Tensor] = {}
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        ids = torch.from_numpy(windows[index : index + 1].astype(np.int64))
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        with torch.enable_grad(), _keeping(modules, outputs):
-            logits = model(inputs_embeds=embedded, use_cache=False).logits.float()
-            p = logits.detach().softmax(-1)
-            root = p.sqrt()
-            sums: list[list[Tensor]] = []
-            for draw in range(draws):
-                noise = torch.randn(p.shape, generator=generator)
-                v = root * noise - p * (root * noise).sum(-1, keepdim=True)
-                gradients = torch.autograd.grad(
-                    logits, [outputs[name] for name in names], grad_outputs=v, retain_graph=draw + 1 < draws
-                )
-                for i, (name, gradient) in enumerate(zip(names, gradients, strict=True)):
-                    square = gradient.reshape(-1, gradient.shape[-1]).float().square()
-                    parts = [part.mean(1) for part in square.chunk(groups[name], 1)]
-                    if draw == 0:
-                        sums.append(parts)
-                    else:
-                        for s, part in zip(sums[i], parts, strict=True):
-                            s += part
-        return sums
+    A layer that no window reaches has none. The parameters of the model must not require gradients.
+    """
+    found: list[dict[str, list[Tensor]]] = []
+    with keep_outputs(layers) as take:
 
-    found: list[list[list[Tensor]]] = []
-    for i, result in enumerate(workers.map(one, range(len(windows)))):
-        found.append(result)
-        if progress:
-            progress(i + 1, len(windows))
-    return {
-        name: [_tempered(torch.cat([window[i][g] for window in found])) for g in range(groups[name])]
-        for i, name in enumerate(names)
-    }
+        def one(index: int) -> dict[str, list[Tensor]]:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            ids = torch.from_numpy(windows[index : index + 1].astype(np.int64))
+            sums: dict[str, list[Tensor]] = {}
+            with torch.enable_grad():
+                embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
+                take()
+                logits = model(inputs_embeds=embedded, **no_cache(model)).logits.float()
+                outputs = {name: output for name, output in take().items() if output.requires_grad}
+                p = logits.detach().softmax(-1)
+                root = p.sqrt()
+                for draw in range(draws):
+                    v = fisher_draw(p, root, generator)
+                    gradients = torch.autograd.grad(logits, list(outputs.values()), v, retain_graph=draw + 1 < draws)
+                    for name, gradient in zip(outputs, gradients, strict=True):
+                        square = gradient.reshape(-1, gradient.shape[-1]).float().square()
+                        parts = [part.mean(1) for part in square.chunk(groups[name], 1)]
+                        sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+            return sums
+
+        for i, result in enumerate(workers.map(one, range(len(windows)))):
+            found.append(result)
+            if progress:
+                progress(i + 1, len(windows))
+    return {name: [_tempered(torch.cat([w[name][g] for w in found])) for g in range(groups[name])] for name in found[0]}
+
+
+def fisher_draw(p: Tensor, root: Tensor, generator: torch.Generator) -> Tensor:
+    """A draw v, of the shape of probabilities p [..., V], with E[v v^T] = diag(p) - p p^T; `root` is sqrt(p)."""
+    noise = root * torch.randn(p.shape, generator=generator)
+    return noise - p * noise.sum(-1, keepdim=True)
 
 
 def _tempered(weights: Tensor) -> Tensor:
     """Mean 1, without the few that would drown the others, and none at zero."""
-    limit = torch.quantile(weights[: 1 << 24], CLIP) if len(weights) <= 1 << 24 else weights.max()
+    limit = weights.kthvalue(max(1, int(CLIP * len(weights)))).values
     weights = weights.clamp(max=float(limit))
-    weights = weights / weights.mean().clamp(min=1e-30)
-    return FLOOR + (1 - FLOOR) * weights
-
-
-class _keeping:
-    """Keeps the outputs of layers on this thread: hooks would be shared by all threads, so calls are told apart by a key."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], into: dict[str, Tensor]) -> None:
-        import threading
-
-        thread = threading.get_ident()
-
-        def hook(name: str) -> Any:
-            def keep(_: nn.Module, args: Any, output: Tensor) -> None:
-                if threading.get_ident() == thread:
-                    into[name] = output
-
-            return keep
-
-        self._hooks = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    return FLOOR + (1 - FLOOR) * weights / weights.mean().clamp(min=1e-30)

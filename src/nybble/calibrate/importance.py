@@ -16,7 +16,7 @@ from torch import nn
 
 from nybble.errors import InputError
 from nybble.models.describe import sites
-from nybble.models.loading import quiet
+from nybble.models.loading import context_length, quiet
 
 
 def input_importance(
@@ -54,6 +54,12 @@ def check_windows(model: nn.Module, windows: NDArray[Any]) -> None:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if windows.min() < 0 or windows.max() >= vocabulary:
         raise InputError(f"calibration ids reach {windows.max()}; the model has {vocabulary} tokens")
+    try:
+        context = context_length(model)
+    except InputError:  # some say none
+        return
+    if windows.shape[1] > context:
+        raise InputError(f"calibration windows of {windows.shape[1]} tokens are longer than the model's context of {context}")
 
 
 def _watch(name: str, sums: dict[str, torch.Tensor], counts: dict[str, int]) -> Any:

@@ -1,12 +1,13 @@
 """What the float model predicts on the calibration windows, and how a changed model's loss against it slopes.
 
 The loss is KL(float || changed), in nats per token. The float model's side is kept as the inputs of its head, float32
-[windows, T, width], from which its logits come again by one product; a model without a head is held to its last hidden
-states instead, by mean squared error.
+[windows, T, width], from which its logits come again by one product; where more follows the head than that (soft caps,
+scaled logits) a copy of the float model is asked instead.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,61 +16,79 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nybble.calibrate.blocks import no_cache
+from nybble.calibrate.watching import catch_inputs, inputs_of
 from nybble.calibrate.workers import Workers
+from nybble.errors import UsageError
+
+SAME = 1e-4
+"""Largest difference of logits that may come from computing them in another order."""
 
 
 class Predictions:
-    """The float model's predictions on windows. Make it before the model's weights are touched."""
+    """The float model's predictions on windows. Make it before the model's weights are touched.
+
+    Raises UsageError for a model that gives no logits.
+    """
 
     def __init__(self, model: nn.Module, windows: NDArray[np.integer[Any]], workers: Workers) -> None:
-        self.model, self.windows, self.workers = model, windows, workers
-        head = model.get_output_embeddings()
-        self._head = None if head is None else (head.weight.detach().clone(), None if head.bias is None else head.bias.detach())
-        self._cap = getattr(model.config, "final_logit_softcapping", None)
-        self._hidden: list[Tensor] = []
+        self._model, self._windows, self._workers = model, windows, workers
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        self._float: Callable[[int], Tensor]
         with torch.no_grad():
-            for state in workers.map(self._state, range(len(windows))):
-                self._hidden.append(state)
+            first = model(self._ids(0), **no_cache(model))
+            if not hasattr(first, "logits"):
+                raise UsageError(f"{type(model).__name__} predicts no tokens, so nothing can be tuned against; use tune=0")
+            if head is not None:
+                weight = head.weight.detach().clone()
+                bias = None if head.bias is None else head.bias.detach().clone()
+                with catch_inputs(head):
+                    start = inputs_of(head, lambda: model(self._ids(0), **no_cache(model)))
+                    by_head = None if start is None else torch.nn.functional.linear(start, weight, bias)
+                    if by_head is not None and by_head.shape == first.logits[0].shape:
+                        off = float((by_head - first.logits[0]).abs().max())
+                        if off <= SAME * max(1.0, float(by_head.abs().max())):
+                            kept = list(workers.map(self._head_inputs, range(len(windows))))
+                            self._float = lambda index: torch.nn.functional.linear(kept[index], weight, bias)
+                            return
+        twin = copy.deepcopy(model)
+        self._float = lambda index: twin(self._ids(index), **no_cache(self._model)).logits[0]
 
     def _ids(self, index: int) -> Tensor:
-        return torch.from_numpy(self.windows[index : index + 1].astype(np.int64))
+        return torch.from_numpy(self._windows[index : index + 1].astype(np.int64))
 
-    def _state(self, index: int) -> Tensor:
+    def _head_inputs(self, index: int) -> Tensor:
+        head = self._model.get_output_embeddings()  # type: ignore[operator]
         with torch.no_grad():
-            return _base(self.model)(self._ids(index), use_cache=False).last_hidden_state[0].clone()
-
-    def _logits(self, hidden: Tensor, head: Any) -> Tensor:
-        logits = torch.nn.functional.linear(hidden, *head).float()
-        return logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+            found = inputs_of(head, lambda: self._model(self._ids(index), **no_cache(self._model)))
+        assert found is not None
+        return found.clone()
 
     def loss(self, index: int) -> Tensor:
         """KL of one window, nats per token; differentiable in the model's present weights."""
-        hidden = _base(self.model)(self._ids(index), use_cache=False).last_hidden_state[0]
         with torch.no_grad():
-            p = self._logits(self._hidden[index].clone(), self._head).log_softmax(-1)
-        present = self.model.get_output_embeddings()
-        q = self._logits(hidden, (present.weight, present.bias)).log_softmax(-1)
+            p = self._float(index).float().log_softmax(-1)
+        q = self._model(self._ids(index), **no_cache(self._model)).logits[0].float().log_softmax(-1)
         return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / len(p)
 
     def slope(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-        """(mean KL, gradient of it by each weight), over some windows. `weights` are the model's own leaf tensors."""
-        names = list(weights)
+        """(mean KL, its gradient by each weight), over some windows. `weights` are the model's own leaf tensors."""
 
         def one(index: int) -> tuple[float, tuple[Tensor, ...]]:
             with torch.enable_grad():
                 loss = self.loss(index)
-                return float(loss.detach()), torch.autograd.grad(loss, [weights[name] for name in names])
+                return float(loss.detach()), torch.autograd.grad(loss, list(weights.values()))
 
-        total, sums = 0.0, None
-        for loss, gradients in self.workers.map(one, indices):
+        total = 0.0
+        sums: list[Tensor] = []
+        for loss, gradients in self._workers.map(one, indices):
             total += loss
-            if sums is None:
-                sums = [gradient.clone() for gradient in gradients]
+            if sums:
+                for mine, theirs in zip(sums, gradients, strict=True):
+                    mine += theirs
             else:
-                for s, gradient in zip(sums, gradients, strict=True):
-                    s += gradient
-        assert sums is not None
-        return total / len(indices), {name: s / len(indices) for name, s in zip(names, sums, strict=True)}
+                sums = [gradient.clone() for gradient in gradients]
+        return total / len(indices), {name: s / len(indices) for name, s in zip(weights, sums, strict=True)}
 
     def mean_loss(self, indices: Sequence[int]) -> float:
         """Mean KL over some windows."""
@@ -78,12 +97,4 @@ class Predictions:
             with torch.no_grad():
                 return float(self.loss(index))
 
-        return sum(self.workers.map(one, indices)) / len(indices)
-
-
-def _base(model: nn.Module) -> nn.Module:
-    return model.base_model if model.get_output_embeddings() is not None else model
-
-
-__all__ = ["Predictions"]
-_ = Callable
+        return sum(self._workers.map(one, indices)) / len(indices)

@@ -18,6 +18,7 @@ Speed is that of nybble's engine, with torch's generate beside it.
 nybble compare                                    the model that ships, offline, about four minutes
 nybble compare gpt2 --text wiki.txt               a hub model (downloaded) or a folder, on your text
 nybble compare MODEL --variants fp32,int4:g64,nf4:g64,dq
+nybble compare MODEL --variants int4:g64,int4:g64+gptq,int3:g64+best --calibrate train.txt
 nybble compare --shape gpt2 --variants fast       random weights: memory and speed only
 """
 
@@ -42,7 +43,7 @@ def run(
         list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
-    calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that use one (rtn:mse).")] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that read any (gptq, best, ...).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
 ) -> None:
     """Measure, write the output folder, show the table."""

@@ -23,7 +23,7 @@ nybble plan MODEL --to int4:g64 --keep lm_head --rule 'mlp.c_proj=int8'
 def run(
     model: Annotated[str | None, typer.Argument(help="Model folder or hub name; without it the model that ships.")] = None,
     to: Annotated[str, typer.Option(help="Format: NAME[:tensor|channel|gN][,asym][,dq].")] = "int4:g64",
-    method: Annotated[str, typer.Option(help="Method: rtn, rtn:mse.")] = "rtn",
+    method: Annotated[str, typer.Option(help="Method: rtn, gptq, best, ...; see nybble methods.")] = "rtn",
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
     ] = None,

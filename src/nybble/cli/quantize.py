@@ -7,14 +7,18 @@ from typing import Annotated
 
 import typer
 
+from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.cli import console
+from nybble.errors import UsageError
 
 NAME = "quantize"
 HELP = """Quantize a model and save it as a folder that nybble.load and, after `import nybble`, transformers open.
 
 \b
 nybble quantize MODEL --to int4:g64 -o model-int4
-nybble quantize MODEL --to int4:g64 --method rtn:mse --calibrate text.txt -o model-int4
+nybble quantize MODEL --to int4:g64 --method gptq --calibrate text.txt -o model-int4
+nybble quantize MODEL --to int3:g64 --method best:tune=0 --calibrate text.txt -o model-int3
+nybble methods                                    what there is, and the options of each
 """
 
 
@@ -22,12 +26,18 @@ def run(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")],
     to: Annotated[str, typer.Option(help="Format: NAME[:tensor|channel|gN][,asym][,dq].")] = "int4:g64",
-    method: Annotated[str, typer.Option(help="Method: rtn, rtn:mse.")] = "rtn",
+    method: Annotated[str, typer.Option(help="Method: rtn, gptq, best, ...; see nybble methods.")] = "rtn",
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
-    calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that use one (rtn:mse).")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Calibration text, for methods that read any: .txt, .json (strings), .jsonl (key text).")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
+    window: Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")] = None,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn, and whatever else a method draws.")] = 0,
+    layers: Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
 ) -> None:
     """Check that the output can be written, quantize, save."""
@@ -38,7 +48,11 @@ def run(
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
 
-    parse_format(to), parse_method(method)
+    parse_format(to)
+    if parse_method(method).settings.calibrated and calibrate is None:
+        raise UsageError(
+            f"method {method} reads calibration text; give some with --calibrate FILE, or use rtn:mse, which needs none"
+        )
     check_output(output, force, marker="config.json")
     calibration = read_text(calibrate) if calibrate else None
     rules = console.parse_rules(rule or ())
@@ -56,11 +70,34 @@ def run(
             keep or (),
             rules,
             progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
+            windows=windows,
+            window=window,
+            seed=seed,
         )
         quantized.save(output, force)
+    if layers and quantized.accounts:
+        show_accounts(quantized.accounts)
     size = (output / "model.safetensors").stat().st_size
     before = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     bits = quantized.provenance["bits_per_weight"]
     typer.echo(
         f"{output}: {size / 1e6:.2f} MB ({size / before:.1%} of the source's {before / 1e6:.2f} MB), {bits:.4f} bits per weight"
     )
+
+
+def show_accounts(accounts: dict) -> None:  # type: ignore[type-arg]  # dict[str, Account], imported late to start fast
+    """A table of what a calibrated method did to each weight."""
+    rows = [
+        [
+            name,
+            f"{account.loss_of_rounding:.3g}",
+            f"{account.loss:.3g}",
+            f"{account.damping:g}",
+            str(account.dead_columns),
+            str(account.rows_fallen_back),
+        ]
+        for name, account in accounts.items()
+    ]
+    header = ["weight", "error by rounding", "error by the method", "damping", "dead columns", "rows rounded"]
+    console.print_table(header, rows)
+    typer.echo("error: squared error of the layer's outputs on calibration text, as a share of the outputs' own squares\n")

@@ -22,11 +22,13 @@ from typing import Any
 
 from nybble import demo, kernels
 from nybble.calibrate.windows import PROTOCOLS, read_text
+from nybble.demo.text import calibration_text
 from nybble.errors import InputError, UsageError, unknown_name
 from nybble.evaluate import memory
 from nybble.evaluate.job import Job, Worker
 from nybble.evaluate.record import EngineRecord, LayerRecord, Record, Run
-from nybble.evaluate.variants import parse_variants
+from nybble.evaluate.variants import Variant, parse_variants
+from nybble.methods import parse_method
 from nybble.models.checkpoint import check_float, check_tokenizer, is_causal, open_checkpoint
 from nybble.models.hub import resolve
 from nybble.version import __version__
@@ -73,6 +75,7 @@ def compare(
     names = parse_variants(variants if isinstance(variants, str) else ",".join(variants))
     if shape is not None and (model is not None or text is not None):
         raise UsageError("--shape makes a model of random weights: give no MODEL and no --text with it")
+    _check_calibration(names, calibrate is not None or (model is None and shape is None))
     check_scoring(protocol, window, windows, stride)
     _check_counts({"new tokens": (new_tokens, 1), "repeats": (repeats, 1), "threads": (threads, 1)})
     threads = threads or memory.machine()["cores"]
@@ -83,9 +86,10 @@ def compare(
         if prompt is None and has_text:
             prompt = DEMO_PROMPT if model is None else _first_words(Path(evaluation or "").read_text(encoding="utf-8"))
         calibration = None
-        if calibrate is not None:
+        if calibrate is not None or (model is None and has_text):
             calibration = scratch / "calibration.txt"
-            calibration.write_text(read_text(calibrate), encoding="utf-8")
+            text_of_model = read_text(calibrate) if calibrate is not None else calibration_text()
+            calibration.write_text(text_of_model, encoding="utf-8")
         # All that can be checked without the model is, before one is downloaded.
         folder = scratch / "shape" if shape else (resolve(model, download) if model is not None else demo.model_folder())
         job = Job(
@@ -122,6 +126,15 @@ def compare(
         return _measure_all(job, path, facts, text_facts, progress, on_record)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_calibration(variants: Sequence[Variant], given: bool) -> None:
+    """Raise UsageError for a method that reads calibration text where there is none."""
+    for variant in variants:
+        if not given and variant.method != "cast" and parse_method(variant.method).settings.calibrated:
+            raise UsageError(
+                f"variant {variant} reads calibration text; give some with --calibrate FILE, other than the text that scores"
+            )
 
 
 def _measure_all(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,3 +66,13 @@ class LayerObserver:
                 histogram=histogram(decoded, self.layer_limits[name]).tolist(),
             )
         )
+
+    def add_accounts(self, accounts: Mapping[str, Any]) -> None:
+        """Add what a calibrated method says of each weight (`Account`), by name."""
+        fields = ("loss_of_rounding", "loss", "damping", "dead_columns", "rows_fallen_back")
+        self.layers = [
+            dataclasses.replace(layer, **{key: getattr(accounts[layer.name], key) for key in fields})
+            if layer.name in accounts
+            else layer
+            for layer in self.layers
+        ]

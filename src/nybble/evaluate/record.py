@@ -42,6 +42,17 @@ class LayerRecord:
     """Bins are HISTOGRAM_BINS equal steps over [-limit, limit]; what lies outside is counted in the end bins."""
     histogram: list[int]
     """Counts of the decoded weights per bin. The same limit in every variant, so that they can be laid over each other."""
+    loss_of_rounding: float | None = None
+    """By calibrated methods: squared error of the layer's outputs on calibration text, as a share of the outputs' own
+    squares, had the weight been rounded to nearest."""
+    loss: float | None = None
+    """The same of what the method chose."""
+    damping: float | None = None
+    """Added to the Hessian's diagonal, as a share of its mean."""
+    dead_columns: int | None = None
+    """Inputs that calibration never activated."""
+    rows_fallen_back: int | None = None
+    """Rows for which rounding to nearest was better and was taken."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def quality(job: Job) -> None:
     emit("done")
 
 
-def _make_variant(model: Any, plan: Any, importance: Any, source: Path, observer: Any, folder: Path) -> float:
+def _make_variant(model: Any, plan: Any, calibration: Any, source: Path, observer: Any, folder: Path) -> float:
     """Quantize and save one variant; returns the seconds that took, without those of looking at every layer."""
     from nybble.run import quantize_by_plan
 
@@ -113,12 +113,15 @@ def _make_variant(model: Any, plan: Any, importance: Any, source: Path, observer
         observer.observe(*seen)
         looking += time.perf_counter() - start
 
-    def report(name: str, done: int, total: int) -> None:
-        emit("progress", what=f"quantizing {name}", done=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        emit("progress", what=f"quantizing: {what}", done=done, total=total)
 
     start = time.perf_counter()
-    quantize_by_plan(model, plan, calibration, source, progress=report, observe=observe).save(folder)
+    quantized = quantize_by_plan(model, plan, calibration, source, progress=report, observe=observe)
+    quantized.save(folder)
     seconds = time.perf_counter() - start - looking
+    observer.add_accounts(quantized.accounts)
+    del quantized
     gc.collect()
     return seconds
 

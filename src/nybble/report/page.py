@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from nybble.evaluate.record import Record
+from nybble.evaluate.record import LayerRecord, Record
 from nybble.report import judge as bounds
 from nybble.report.drawing import PALETTE, Plot, inline_svg
 from nybble.report.figures import format_megabytes, format_percent, format_significant, number
@@ -272,6 +272,7 @@ def collect_explorer(records: list[Record]) -> dict[str, Any]:
                         layer.shape,
                         layer.histogram_limit,
                         layer.histogram,
+                        describe_account(layer),
                     )
                     for layer in record.layers
                 ],
@@ -289,13 +290,31 @@ def _pack(
     shape: tuple[int, int] | None,
     limit: float,
     counts: list[int],
+    account: str = "",
 ) -> dict[str, Any]:
     details = [clean_text(spec), f"{number(bpw) or 0:.2f} bits per weight"]
     if shape:
         details.insert(0, " × ".join(str(n) for n in shape))
     if error is not None:
         details.append(f"relative error {format_significant(error)}")
+    if account:
+        details.append(account)
     return {"n": clean_text(name), "d": ", ".join(details), "l": number(limit) or 0, "h": counts}
+
+
+def describe_account(layer: LayerRecord) -> str:
+    """What a calibrated method did to a layer, in words; empty for the others."""
+    before, after = number(layer.loss_of_rounding), number(layer.loss)
+    if before is None or after is None:
+        return ""
+    words = [f"error of its outputs {format_significant(after)} (rounding: {format_significant(before)})"]
+    if layer.damping:
+        words.append(f"damping {layer.damping:g}")
+    if layer.dead_columns:
+        words.append(f"{layer.dead_columns} dead columns")
+    if layer.rows_fallen_back:
+        words.append(f"{layer.rows_fallen_back} rows rounded")
+    return ", ".join(words)
 
 
 def build_heat(records: list[Record]) -> dict[str, Any] | None:

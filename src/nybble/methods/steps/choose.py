@@ -14,7 +14,7 @@ from nybble.calibrate.statistics import Statistics
 from nybble.formats import Format, QTensor
 from nybble.formats.base import Params
 from nybble.methods.steps.factor import Factor, factorize, loss_of
-from nybble.methods.steps.grid import Chosen, Snap, decode, grid_of, params_of
+from nybble.methods.steps.grid import Chosen, Grid, Snap, columns_of, decode, grid_of, params_of, rows_of
 from nybble.methods.steps.refinement import refine
 from nybble.methods.steps.rounding import round_with_feedback
 from nybble.methods.steps.settings import Settings
@@ -66,19 +66,18 @@ def choose(
         factor = work.part(rows, stats, index, each)
         damping, dead = max(damping, factor.damping), max(dead, factor.dead)
     params = shared if shared is not None else params_of(fmt, work.result.scale, work.result.offset)
+    if shared is not None and not settings.target and work.after.sum() > work.before.sum():  # nothing to mix row by row
+        params, work.result, work.after = fmt.fit(weight), plain, work.before
+        work.fallen[:] = True
     energy = work.energy or 1.0
-    account = Account(
-        float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum())
-    )
+    account = Account(float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum()))
     return QTensor(fmt, work.result.codes.numpy(), params), account
 
 
 class _Weight:
     """One weight while its codes are chosen, group of rows by group of rows."""
 
-    def __init__(
-        self, weight: Tensor, fmt: Format, settings: Settings, snap: Snap, plain: Chosen, shared: Params | None
-    ) -> None:
+    def __init__(self, weight: Tensor, fmt: Format, settings: Settings, snap: Snap, plain: Chosen, shared: Params | None) -> None:
         rows = weight.shape[0]
         self.weight, self.fmt, self.settings, self.snap, self.plain, self.shared = weight, fmt, settings, snap, plain, shared
         self.result = Chosen(plain.codes.clone(), plain.scale.clone(), None if plain.offset is None else plain.offset.clone())
@@ -95,28 +94,33 @@ class _Weight:
         target = self.weight[rows]
         if self.settings.target > 0 and stats.cross is not None:
             target = stats.target(target, index, self.settings.target, self.settings.ridge)
-        params = self.shared if self.shared is not None else self._params_before(target, factor)
+        if self.shared is not None:
+            grid: Grid | None = rows_of(grid_of(self.fmt, self.shared), rows, len(self.weight))
+        else:
+            grid = self._grid_before(target, factor)
 
         def slab(start: int) -> None:
-            self._slab(slice(start, min(start + SLAB_ROWS, rows.stop)), rows.start, target, hessian, damped, factor, params)
+            self._slab(slice(start, min(start + SLAB_ROWS, rows.stop)), rows, target, hessian, damped, factor, grid)
 
         each(slab, range(rows.start, rows.stop, SLAB_ROWS))
         self.energy += float(loss_of(self.weight[rows], hessian).sum())
         return factor
 
     def _slab(
-        self, rows: slice, first: int, target: Tensor, hessian: Tensor, damped: Tensor, factor: Factor, params: Params | None
+        self, rows: slice, part: slice, target: Tensor, hessian: Tensor, damped: Tensor, factor: Factor, grid: Grid | None
     ) -> None:
         fmt, settings, snap = self.fmt, self.settings, self.snap
-        goal = target[rows.start - first : rows.stop - first]
-        mine = params
-        if params is not None and self.shared is None:
-            mine = {name: values[rows.start - first : rows.stop - first] for name, values in params.items()}
+        inside = slice(rows.start - part.start, rows.stop - part.start)
+        goal = target[inside]
+        mine = None if grid is None else rows_of(grid, inside, len(target))
         if settings.feedback:
             got = round_with_feedback(goal, factor, fmt, mine, settings.scales == "search", snap)
         else:
             assert mine is not None
-            got = _rounded(goal.numpy().astype(np.float32), fmt, mine)
+            block = fmt.block(goal.shape[1])
+            wide = [None if each is None else columns_of(each, goal.shape[1], block) for each in mine]
+            assert wide[0] is not None
+            got = Chosen(snap(goal, wide[0], wide[1]), *mine)
         plain = self._plain(rows)
         plain_value = decode(fmt, plain, snap)
         if self.shared is None:
@@ -134,23 +138,19 @@ class _Weight:
         self.after[rows] = loss_of(decode(fmt, got, snap) - self.weight[rows], hessian)
 
     def _plain(self, rows: slice) -> Chosen:
-        def of_rows(grid: Tensor) -> Tensor:
-            return grid if grid.shape[0] != self.plain.codes.shape[0] else grid[rows]
+        return Chosen(self.plain.codes[rows], *rows_of((self.plain.scale, self.plain.offset), rows, len(self.weight)))
 
-        offset = None if self.plain.offset is None else of_rows(self.plain.offset)
-        return Chosen(self.plain.codes[rows], of_rows(self.plain.scale), offset)
-
-    def _params_before(self, target: Tensor, factor: Factor) -> Params | None:
-        """Params fitted before the loop, where a block is the whole row, or the order of columns tears blocks apart; None
-        where the loop fits them block by block."""
+    def _grid_before(self, target: Tensor, factor: Factor) -> Grid | None:
+        """The grid fitted before the loop, where a block is the whole row, or the order of columns tears blocks apart; None
+        where the loop fits it block by block."""
         settings, columns = self.settings, self.weight.shape[1]
         if settings.feedback and self.fmt.block(columns) < columns and settings.order != "activation":
             return None
         values = target.numpy().astype(np.float32)
         if settings.scales == "range":
-            return self.fmt.fit(values)
+            return grid_of(self.fmt, self.fmt.fit(values))
         weights = factor.pivots_by_column() if settings.feedback else torch.ones(columns)
-        return self.fmt.fit(values, _normalised(weights))
+        return grid_of(self.fmt, self.fmt.fit(values, _normalised(weights)))
 
 
 def _rounded(weight: NDArray[np.float32], fmt: Format, params: Params) -> Chosen:

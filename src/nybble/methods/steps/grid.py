@@ -11,6 +11,9 @@ from torch import Tensor
 from nybble.formats import Format
 from nybble.formats.base import Params, spread
 
+Grid = tuple[Tensor, Tensor | None]
+"""(scale, offset) as in `Chosen`."""
+
 
 @dataclass
 class Chosen:
@@ -53,7 +56,7 @@ class Snap:
         return level.mul_(scale)
 
 
-def grid_of(fmt: Format, params: Params) -> tuple[Tensor, Tensor | None]:
+def grid_of(fmt: Format, params: Params) -> Grid:
     """A format's (scale, offset), float64 tensors [N or 1, blocks]."""
     scale, offset = fmt.grid(params)
     wide = torch.from_numpy(scale.astype(np.float64))
@@ -63,6 +66,12 @@ def grid_of(fmt: Format, params: Params) -> tuple[Tensor, Tensor | None]:
 def params_of(fmt: Format, scale: Tensor, offset: Tensor | None) -> Params:
     """The params whose grid this is; see `Format.from_grid`."""
     return fmt.from_grid(scale.numpy(), None if offset is None else offset.numpy())
+
+
+def rows_of(grid: Grid, rows: slice, count: int) -> Grid:
+    """The grid of some rows of a weight of `count`; as it is where all rows share it."""
+    scale, offset = grid
+    return (scale, offset) if scale.shape[0] != count else (scale[rows], None if offset is None else offset[rows])
 
 
 def columns_of(grid: Tensor, columns: int, block: int) -> Tensor:

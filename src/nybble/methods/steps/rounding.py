@@ -11,27 +11,24 @@ import torch
 from torch import Tensor
 
 from nybble.formats import Format
-from nybble.formats.base import Params
 from nybble.methods.steps.factor import Factor
-from nybble.methods.steps.grid import Chosen, Snap, columns_of, grid_of
+from nybble.methods.steps.grid import Chosen, Grid, Snap, columns_of, grid_of
 
 STRIP = 128
 """Columns whose feedback is applied one by one; what they owe to later strips is one product."""
 
 
-def round_with_feedback(
-    target: Tensor, factor: Factor, fmt: Format, params: Params | None, search: bool, snap: Snap
-) -> Chosen:
-    """Codes and grid for target rows, float64 [N, K]. With `params` the grid is given; without, each block's is fitted when
-    the loop comes to it (`search`: by importance-weighted search, else the plain range); its columns then must stand
-    together in the loop's order."""
+def round_with_feedback(target: Tensor, factor: Factor, fmt: Format, grid: Grid | None, search: bool, snap: Snap) -> Chosen:
+    """Codes and grid for target rows, float64 [N, K]. The grid is given, or each block's is fitted when the loop
+    comes to it (`search`: by importance-weighted search, else the plain range); its columns then must stand together in
+    the loop's order."""
     rows, columns = target.shape
     block = fmt.block(columns)
     goal = target.T[factor.order].contiguous()  # [K, N]: a column of the weight is a row of memory
     debt = torch.zeros_like(goal)  # target - rounded, of columns done
     codes = torch.empty((columns, rows), dtype=torch.uint8)
-    if params is not None:
-        scale, offset = grid_of(fmt, params)
+    if grid is not None:
+        scale, offset = grid
         wide = columns_of(scale, columns, block).expand(-1, columns)[:, factor.order]
         wide_offset = None if offset is None else columns_of(offset, columns, block).expand(-1, columns)[:, factor.order]
     else:
@@ -40,12 +37,12 @@ def round_with_feedback(
     upper = factor.upper
     start = 0
     while start < columns:
-        stop = _end_of_strip(start, columns, block, factor.order, whole_blocks=params is None)
+        stop = _end_of_strip(start, columns, block, factor.order, whole_blocks=grid is None)
         strip = goal[start:stop] + upper[:start, start:stop].T @ debt[:start]
         first = start
         while first < stop:
             last = stop
-            if params is None:
+            if grid is None:
                 at = int(factor.order[first]) // block
                 last = first + min(block, columns - at * block)
                 inner = strip[first - start : last - start] + upper[start:first, first:last].T @ debt[start:first]
@@ -61,7 +58,7 @@ def round_with_feedback(
                 aim = strip[j - start]
                 if j > start:
                     aim = aim + upper[start:j, j] @ debt[start:j]
-                if params is None:
+                if grid is None:
                     s_j, o_j = s[:, 0], None if o is None else o[:, 0]
                 else:
                     s_j, o_j = wide[:, j], None if wide_offset is None else wide_offset[:, j]

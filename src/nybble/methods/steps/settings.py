@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
@@ -68,6 +71,18 @@ class Settings:
 
 
 PLAIN = Settings()
+
+
+def explain() -> dict[str, str]:
+    """Every setting and what it is, in order: the texts under the fields of `Settings`."""
+    body = ast.parse(inspect.getsource(Settings)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, text in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            assert isinstance(field.target, ast.Name)
+            found[field.target.id] = str(text.value.value)
+    return found
 
 
 def change(settings: Settings, method: str, option: str, aliases: Iterable[str] = ()) -> Settings:

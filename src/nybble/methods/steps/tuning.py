@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats import Format, QTensor
+from nybble.formats.base import Params
 from nybble.methods.steps.grid import columns_of, grid_of, params_of
 from nybble.methods.steps.settings import Settings
 
@@ -100,7 +101,7 @@ class Latent:
         levels = self.levels[self._ranks()]
         return levels if self.offset is None else levels - self._wide(self.offset)
 
-    def _params(self) -> dict[str, np.ndarray]:  # type: ignore[type-arg]  # as Params
+    def _params(self) -> Params:
         offset = None if self.offset is None else self.offset.double()
         return params_of(self.fmt, (self.scale * self.gain.exp()).double(), offset)
 

@@ -1,0 +1,128 @@
+"""The contract of a method: with every format that it accepts, on every architecture, it gives codes that are no worse than
+rounding to nearest, the same with one thread or two, and the folder holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nybble
+from nybble.errors import InputError, UsageError
+from nybble.methods import method_names, parse_method
+from nybble.run import Quantized
+
+FORMATS = (
+    "int8:channel", "int4:g32", "nf4:g64,dq", "int3:g64", "int8:tensor,asym", "nf4:g64", "int4:g64,asym", "fp4:g32", "int2:g32",
+)  # fmt: skip
+ARCHITECTURES = ("gpt2", "llama", "qwen3", "opt", "bert")
+WINDOWS = np.random.default_rng(0).integers(3, 97, (6, 40))
+FEWER_STEPS = {"best": "best:tune=2", "tune": "tune:tune=2"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    """Models this small run no faster on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def cases() -> list[Any]:
+    """(method, architecture, formats): a third of the formats each, in turn, so that a method meets all; the others slow."""
+    found = []
+    for name in method_names():
+        for i, architecture in enumerate(ARCHITECTURES):
+            for third in range(3):
+                mark = () if third == i % 3 else pytest.mark.slow
+                found.append(pytest.param(name, architecture, FORMATS[third::3], marks=mark, id=f"{name}-{architecture}-{third}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "architecture", "formats"), cases())
+def test_every_format(
+    name: str, architecture: str, formats: tuple[str, ...], tiny: Callable[..., Any], ids: torch.Tensor, logits: Any
+) -> None:
+    model = tiny(architecture)
+    expected = logits(model, ids)
+    for spec in formats:
+        quantized = nybble.quantize(model, spec, FEWER_STEPS.get(name, name), WINDOWS)
+        assert {str(tensor.format) for tensor in quantized.tensors.values()} == {spec}
+        got = logits(quantized.model(), ids)
+        assert torch.isfinite(got).all()
+        if spec.startswith("int8"):
+            assert float((got - expected).abs().max()) < 0.2 * float(expected.abs().max())
+        if parse_method(name).settings.hessian:
+            assert set(quantized.accounts) == set(quantized.tensors)
+            for weight, account in quantized.accounts.items():
+                assert account.loss <= account.loss_of_rounding * (1 + 1e-6) or parse_method(name).settings.target, weight
+    torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=0)  # the model given is left as it was
+
+
+@pytest.mark.parametrize("method", ["gptq", "guided", "best:tune=2"])
+def test_one_thread_or_two_the_same_bytes(method: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    def made(threads: int, name: str) -> Path:
+        torch.set_num_threads(threads)
+        try:
+            return nybble.quantize(tiny("llama"), "int3:g32", method, WINDOWS).save(tmp_path / name)
+        finally:
+            torch.set_num_threads(1)
+
+    one, two, again = made(1, "one"), made(2, "two"), made(2, "again")
+    assert same_files(one, two)
+    assert same_files(two, again)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_a_calibrated_folder_computes_what_was_made(
+    architecture: str, tiny: Callable[..., Any], ids: torch.Tensor, logits: Any, tmp_path: Path
+) -> None:
+    quantized = nybble.quantize(tiny(architecture), "int4:g32", "best:tune=2", WINDOWS)
+    loaded = nybble.load(quantized.save(tmp_path / "m"))
+    torch.testing.assert_close(logits(loaded.model(), ids), logits(quantized.model(), ids), rtol=0, atol=0)
+    assert loaded.provenance["method"] == "best:tune=2"
+
+
+def test_calibration_pays(tiny: Callable[..., Any], logits: Any) -> None:
+    """KL to the float model on tokens that calibration saw: searched scales, then feedback, then all of it."""
+    model = tiny("llama")
+    ids = torch.from_numpy(WINDOWS)
+    p = logits(model, ids).log_softmax(-1)
+
+    def kl(quantized: Quantized) -> float:
+        q = logits(quantized.model(), ids).log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    found = [kl(nybble.quantize(model, "int3:g32", method, WINDOWS)) for method in ("rtn", "gptq", "best:tune=20")]
+    assert found[1] < 0.8 * found[0]
+    assert found[2] < 0.8 * found[1]
+
+
+def test_a_method_that_reads_text_says_so(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match="method gptq reads calibration text; give some"):
+        nybble.quantize(tiny("gpt2"), "int4:g32", "gptq")
+
+
+def test_windows_beyond_the_vocabulary_are_refused(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="the model has 97 tokens"):
+        nybble.quantize(tiny("gpt2"), "int4:g32", "gptq", WINDOWS + 90)
+
+
+def test_windows_longer_than_the_context_are_refused(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(InputError, match="longer than the model's context of 64"):
+        nybble.quantize(tiny("gpt2"), "int4:g32", "gptq", np.full((2, 65), 5))
+
+
+def test_encoders_are_not_tuned_without_predictions(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match="use tune=0"):
+        nybble.quantize(tiny("bert").bert, "int4:g32", "best", WINDOWS)
+    assert nybble.quantize(tiny("bert").bert, "int4:g32", "best:tune=0", WINDOWS).accounts
