@@ -126,7 +126,7 @@ def test_the_speed_is_shown_when_asked_for(packed: Path, tmp_path: Path, nybble_
         " tokens/s, ended by length",
         "1 thread,",
         "activations in int8",
-        "cache f16",
+        "cache int16",
     ):
         assert part in line
     (tmp_path / "prompts.txt").write_text("a\nb")

@@ -79,7 +79,7 @@ def test_float_activations_agree_with_torch_to_rounding_and_int8_do_not(found: A
     assert exact.from_torch.p99 < 1e-6 < rounded.from_torch.mean < 0.0005
     assert exact.quality.perplexity == pytest.approx(found.torch.perplexity, rel=1e-5)
     assert exact.quality.kl_mean == pytest.approx(found.torch.kl_mean, rel=1e-3)
-    assert (exact.cache, rounded.cache) == ("f32", "f16")
+    assert (exact.cache, rounded.cache) == ("f32", "int16")
 
 
 def test_the_figures_of_torch_are_those_of_evaluate(found: Activations, model: Any, windows: Windows) -> None:

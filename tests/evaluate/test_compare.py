@@ -101,7 +101,7 @@ def test_the_engine_is_measured_beside_torch(demo_run: Outcome) -> None:
         engine = record.engine
         assert engine is not None
         assert engine.activations == ("float" if record.variant == "fp32" else "int8")
-        assert (engine.cache, engine.threads) == ("f16", 2)
+        assert (engine.cache, engine.threads) == ("int16", 2)
         assert engine.instruction_set == record.run.machine["instruction_set"]
         assert len(engine.seconds_50_tokens_runs) == 1
         assert engine.tokens_per_second == pytest.approx(5 / engine.seconds_50_tokens)

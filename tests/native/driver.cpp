@@ -348,7 +348,7 @@ std::vector<float> story(Engine& e) {
 void engines() {
     for (const std::size_t head : {16u, 24u}) {
         const Model model(head);
-        for (const CacheType cache : {CacheType::f32, CacheType::f16, CacheType::int8, CacheType::int4})
+        for (const CacheType cache : {CacheType::f32, CacheType::f16, CacheType::int16, CacheType::int8, CacheType::int4})
             for (const bool exact : {true, false}) {
                 std::vector<float> first;
                 with_each([&] {
@@ -372,7 +372,7 @@ void crowd() {
     const std::vector<float> x = floats(9 * 172);
     const std::vector<float> wanted = product(weight, x, 9, false, 1);
     const Model model(16);
-    const auto quiet = model.engine(1, false, CacheType::f16);
+    const auto quiet = model.engine(1, false, CacheType::int16);
     const std::vector<float> told = story(*quiet);
     std::vector<std::thread> callers;
     for (int i = 0; i < 3; ++i)
@@ -381,7 +381,7 @@ void crowd() {
         });
     for (int i = 0; i < 2; ++i)
         callers.emplace_back([&] {
-            const auto e = model.engine(2, false, CacheType::f16);
+            const auto e = model.engine(2, false, CacheType::int16);
             check(equal(story(*e), told), "engines disturb each other");
         });
     for (std::thread& t : callers) t.join();

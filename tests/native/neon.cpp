@@ -201,7 +201,7 @@ void single_rows() {
 
 void attention() {
     std::size_t round = 0;
-    for (const CacheType type : {CacheType::f32, CacheType::f16, CacheType::int8, CacheType::int4})
+    for (const CacheType type : {CacheType::f32, CacheType::f16, CacheType::int16, CacheType::int8, CacheType::int4})
         for (const std::size_t depth : {16u, 32u, 48u, 64u})
             for (const std::size_t count : {1u, 2u, 3u, 8u})
                 for (const float cap : {0.0f, 5.0f}) {

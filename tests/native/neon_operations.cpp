@@ -94,6 +94,11 @@ struct Operations {
         L::store_bytes(low.data(), m);
         S::store_bytes(wanted_low.data(), u);
         same("store_bytes", name, wanted_low, low);
+        std::vector<std::int16_t> wide(16), wanted_wide(16);
+        L::store_shorts(wide.data(), m);
+        S::store_shorts(wanted_wide.data(), u);
+        same("store_shorts", name, wanted_wide, wide);
+        wholes("dot_shorts", L::dot_shorts(m, n, L::line(p)), S::dot_shorts(u, v, S::line(p)));
         halves(x);
         shifts<1>();
         dots();

@@ -190,7 +190,9 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string. Repeatable.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Keep activations in float; slower.")] = False,
-    cache: Annotated[str | None, typer.Option(help="Keys and values as f32, f16, int8 or int4; default f16, exact f32.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="f32, f16, int16, int8, int4 keys and values; default int16, exact f32.")
+    ] = None,
     runtime: Annotated[str, typer.Option(help="engine, or torch for models that the engine lacks.")] = "engine",
     as_json: Annotated[bool, typer.Option("--json", help="Text, ids and timing as JSON; a line a prompt with --batch.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show the speed on standard error, also without a terminal.")] = False,

@@ -140,7 +140,7 @@ void Engine::reserve(std::size_t sequences, std::size_t positions) {
             s.depth = up(a.dimensions, cache_type_ == CacheType::int4 ? 32 : 16);
             const std::size_t copies = 2 * s.depth * sizeof(float);  // a key and a value, filled up
             scratch = std::max(scratch, copies + kernels().attend_scratch(s.depth, capacity_));
-            if (s.type != CacheType::f32) floats = std::max(floats, CacheShape{CacheType::f32, capacity_, s.depth}.head_bytes());
+            if (s.widens()) floats = std::max(floats, CacheShape{CacheType::f32, capacity_, s.depth}.head_bytes());
         }
     for (Worker& worker : workers_) {
         if (worker.scratch.bytes() < scratch + 64) worker.scratch = Memory(scratch + 64);
@@ -397,7 +397,7 @@ void Engine::attention(const Attention& op, std::size_t index, State& state, int
         Attend a;
         a.cache = head(op, std::size_t(state.step.sequences[row]), h);
         CacheShape floats = *a.cache.shape;
-        if (rows * group > kQueries && floats.type != CacheType::f32) {
+        if (rows * group > kQueries && floats.widens()) {
             floats.type = CacheType::f32;
             const CacheHead turned = {&floats, workers_[std::size_t(worker)].head.as()};
             state.run.widen_head(a.cache, seen_first(begin) / 16 * 16, end, turned);

@@ -29,8 +29,8 @@ Activation activation(const std::string& name) {
 }
 
 CacheType cache_type(const std::string& name) {
-    static const char* const names[] = {"f32", "f16", "int8", "int4"};
-    for (std::size_t i = 0; i < 4; ++i)
+    static const char* const names[] = {"f32", "f16", "int16", "int8", "int4"};
+    for (std::size_t i = 0; i < 5; ++i)
         if (name == names[i]) return static_cast<CacheType>(i);
     throw nb::value_error("unknown cache type");
 }

@@ -1,5 +1,6 @@
 """What the engine's operations compute, in plain numpy: the specification of the C++ engine, its test oracle, and the path
 without the extension. One text at a time, every weight as decoded floats, sums in float64: exact mode without its speed.
+`shorts` rounds what attention multiplies as a cache of int16 does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ Lookup = Callable[[Matrix], NDArray[np.float32]]
 Vector = Callable[[str], NDArray[np.float32]]
 
 
-def logits(program: Program, ids: NDArray[np.int64], weight: Lookup, vector: Vector) -> NDArray[np.float32]:
+SPAN = 64
+"""Positions whose softmax weights are rounded with one step."""
+
+
+def logits(program: Program, ids: NDArray[np.int64], weight: Lookup, vector: Vector, shorts: bool = False) -> NDArray[np.float32]:
     """float32 [T, vocabulary] for ids int64 [T]. `weight(matrix)` is the decoded weight float32 [out, in], `vector(name)` a
     norm's gain or a bias."""
     buffers: dict[str, Rows] = {}
@@ -34,7 +39,7 @@ def logits(program: Program, ids: NDArray[np.int64], weight: Lookup, vector: Vec
                 y = linear(operation, buffers[operation.source], weight, vector)
                 buffers[operation.target] = buffers[operation.target] + y if operation.add else y
             case Attend():
-                buffers["mixed"] = attend(operation, buffers["projected"], vector)
+                buffers["mixed"] = attend(operation, buffers["projected"], vector, shorts)
             case Add():
                 buffers[operation.target] = buffers[operation.target] + buffers[operation.source]
             case Select():
@@ -92,7 +97,14 @@ def rotate(x: Rows, frequencies: tuple[float, ...]) -> Rows:
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, rest], axis=-1)
 
 
-def attend(operation: Attend, projected: Rows, vector: Vector) -> Rows:
+def whole(x: Rows, terms: int) -> tuple[Rows, Rows]:
+    """x as whole numbers with one step for the last axis, so small that the sum of `terms` products of two fits 32 bits."""
+    most = min(math.floor(math.sqrt((2**31 - 1) / terms)), 2**15 - 1)
+    step = np.abs(x).max(-1, keepdims=True) / most
+    return np.rint(x / np.where(step > 0, step, 1)), step
+
+
+def attend(operation: Attend, projected: Rows, vector: Vector, shorts: bool = False) -> Rows:
     """Causal attention of one text: projected [T, (heads + 2 shared) * dimensions] to [T, heads * dimensions]."""
     o, count = operation, len(projected)
     x = projected.reshape(count, o.heads + 2 * o.shared, o.dimensions)
@@ -103,6 +115,10 @@ def attend(operation: Attend, projected: Rows, vector: Vector) -> Rows:
         for part, name in for_heads
     )
     key, value = (np.repeat(part, o.heads // o.shared, axis=1) for part in (key, value))
+    value_step = np.ones((*value.shape[:2], 1))
+    if shorts:  # a head's dimensions are filled up to a multiple of 16
+        query, key = (np.multiply(*whole(x, -(-o.dimensions // 16) * 16)) for x in (query, key))
+        value, value_step = whole(value, SPAN)
     score = np.einsum("qhd,khd->hqk", query, key) * o.scale
     if o.cap:
         score = o.cap * np.tanh(score / o.cap)
@@ -110,5 +126,10 @@ def attend(operation: Attend, projected: Rows, vector: Vector) -> Rows:
     seen = (distance >= 0) & (distance < (o.window or count))
     score = np.where(seen, score, -np.inf)
     weights = np.exp(score - score.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("hqk,khd->qhd", weights, value).reshape(count, -1)
+    total = weights.sum(-1).T[..., None]
+    weights = weights * value_step[:, :, 0].T[:, None]
+    if shorts:
+        spans = np.pad(weights, ((0, 0), (0, 0), (0, -count % SPAN))).reshape(*weights.shape[:2], -1, SPAN)
+        weights = np.multiply(*whole(spans, SPAN)).reshape(*weights.shape[:2], -1)[..., :count]
+    mixed: Rows = np.einsum("hqk,khd->qhd", weights, value) / total
+    return mixed.reshape(count, -1)

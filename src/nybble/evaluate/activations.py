@@ -4,7 +4,8 @@ All models read the same windows in step, so every figure is paired token by tok
 
     torch    the folder's weights, decoded, computed by torch: what both modes are held against
     float    the engine in exact mode; differs from torch by the rounding of float32 alone
-    int8     the engine as it decodes by default: activations rounded to int8 in blocks, a cache in float16
+    int8     the engine as it decodes by default: activations rounded to int8 in blocks, attention in whole numbers of
+             16 bits
 
 What int8 activations add is stated in two ways. `kl` is KL(float mode || int8 mode): how far the rounding moves the
 predictions of the same weights. `difference` is KL(float model || int8 mode) - KL(float model || float mode): how much

@@ -5,11 +5,15 @@
 // one register holds one dimension of sixteen positions; values lie row after row, [capacity][depth].
 //
 //     f32, f16   as they are
+//     int16      codes as shorts, with a float scale for each key and value. Keys: [tiles][depth/2][16][2], so that one
+//                register holds two dimensions of sixteen positions; values: [capacity/2][depth][2], two positions side by
+//                side. Whole numbers are multiplied with them: body_shorts.hpp
 //     int8       codes + 128 as bytes; a half scale for 32 dimensions (16 where depth is no multiple of 32) of a position
 //     int4       codes + 8 as nibbles; a half scale for 32 dimensions. Keys: byte [depth/2][16], dimension 2 i low and
 //                2 i + 1 high. Values: byte j of a group of 32 holds value j low and j + 16 high
 //
-// Scales are absmax / 127 (7) rounded up to half, as formats/ rounds them; codes round to nearest, ties to even.
+// Scales of int8 and int4 are absmax / 127 (7) rounded up to half, as formats/ rounds them; codes round to nearest, ties to
+// even.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +21,7 @@
 
 namespace nybble {
 
-enum class CacheType : std::uint8_t { f32, f16, int8, int4 };
+enum class CacheType : std::uint8_t { f32, f16, int16, int8, int4 };
 
 struct CacheShape {
     CacheType type = CacheType::f16;
@@ -26,11 +30,19 @@ struct CacheShape {
     std::size_t group() const { return depth % 32 == 0 ? 32 : 16; }
     std::size_t code_bytes() const {  // of all keys (or values) of one head
         const std::size_t values = capacity * depth;
-        return type == CacheType::f32 ? 4 * values : type == CacheType::f16 ? 2 * values : type == CacheType::int8 ? values : values / 2;
+        switch (type) {
+            case CacheType::f32: return 4 * values;
+            case CacheType::f16:
+            case CacheType::int16: return 2 * values;
+            case CacheType::int8: return values;
+            default: return values / 2;
+        }
     }
     std::size_t scale_bytes() const {
+        if (type == CacheType::int16) return capacity * sizeof(float);
         return type == CacheType::int8 || type == CacheType::int4 ? capacity * (depth / group()) * 2 : 0;
     }
+    bool widens() const { return type != CacheType::f32 && type != CacheType::int16; }  // to floats, for many queries
     std::size_t head_bytes() const { return 2 * (code_bytes() + scale_bytes()); }
 };
 

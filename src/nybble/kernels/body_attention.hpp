@@ -47,6 +47,7 @@ static void append(const CacheHead& cache, std::size_t position, const float* ke
         }
         return;
     }
+    if (s.type == CacheType::int16) return append_shorts(cache, position, key, value);
     const std::size_t group = s.group(), groups = depth / group;
     const bool small = s.type == CacheType::int4;
     auto* key_scales = reinterpret_cast<std::uint16_t*>(cache.key_scales()) + tile * groups * 16 + lane;
@@ -179,9 +180,11 @@ inline void mix(const float* values, std::size_t count, std::size_t depth, const
     }
 }
 
-// Bytes of scratch that attend needs for a cache of this depth and so many positions.
+// Bytes of scratch that attend needs for a cache of this depth and so many positions, of whatever type.
 static std::size_t attend_scratch(std::size_t depth, std::size_t positions) {
-    return (2 * kQueries * depth + 16 * depth + kQueries * (positions + 32)) * sizeof(float);
+    const std::size_t floats = (2 * kQueries * depth + 16 * depth + kQueries * (positions + 32)) * sizeof(float);
+    const std::size_t shorts = shorts_scratch(depth, positions);
+    return floats > shorts ? floats : shorts;
 }
 
 template <int Q>
@@ -252,6 +255,7 @@ inline void attend_some(const Attend& a, void* scratch) {
 }
 
 static void attend(const Attend& a, void* scratch) {
+    if (a.cache.shape->type == CacheType::int16) return attend_shorts(a, scratch);
     if (a.count == 1) return attend_some<1>(a, scratch);
     if (a.count == 2) return attend_some<2>(a, scratch);
     if (a.count <= 4) return attend_some<4>(a, scratch);

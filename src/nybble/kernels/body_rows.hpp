@@ -4,36 +4,46 @@
 // of zeros (or below 1e-30) has scale 0. A block with a value that is not finite has scale NaN, so that it shows. codes has
 // room for whole blocks, sums is one for sixteen codes.
 static void quantize_row(const float* x, std::size_t columns, const CodesOut& out) {
+    constexpr std::size_t some_blocks = 16;
     float* scale = out.scale;
     std::int32_t* sums = out.sums;
     std::int8_t* to = out.codes;
     const std::size_t apart = out.apart;
-    for (std::size_t begin = 0; begin < columns; begin += kBlock, scale += apart) {
-        F v[4];
-        I top = Lanes::whole(0);  // bits of magnitudes: as whole numbers they order as the floats do, NaN above infinity
-        for (std::size_t i = 0; i < 4; ++i) {
-            const std::size_t at = begin + 16 * i;
-            v[i] = at + 16 <= columns ? Lanes::load(x + at) : at < columns ? load_some(x + at, columns - at) : Lanes::all(0.0f);
-            top = Lanes::most(top, Lanes::as_whole(Lanes::abs(v[i])));
+    const auto load = [&](std::size_t at) {
+        return at + 16 <= columns ? Lanes::load(x + at) : at < columns ? load_some(x + at, columns - at) : Lanes::all(0.0f);
+    };
+    for (std::size_t first = 0; first < columns; first += some_blocks * kBlock) {
+        const std::size_t end = columns - first < some_blocks * kBlock ? columns : first + some_blocks * kBlock;
+        float inverses[some_blocks];  // NaN: not finite
+        // In two passes: the codes of one block need not wait for the largest value of the next and the divisions by it.
+        float* inverse = inverses;
+        for (std::size_t begin = first; begin < end; begin += kBlock, scale += apart, ++inverse) {
+            I top = Lanes::whole(0);  // bits of magnitudes: as whole numbers they order as the floats do, NaN above infinity
+            for (std::size_t i = 0; i < kBlock; i += 16) top = Lanes::most(top, Lanes::as_whole(Lanes::abs(load(begin + i))));
+            const std::int32_t bits = Lanes::largest(top);
+            float most;
+            __builtin_memcpy(&most, &bits, 4);
+            const bool finite = bits < 0x7f800000, some = finite && most > 1e-30f;
+            *scale = finite ? (some ? most / 127.0f : 0.0f) : __builtin_nanf("");
+            *inverse = finite ? (some ? 127.0f / most : 0.0f) : __builtin_nanf("");
         }
-        const std::int32_t bits = Lanes::largest(top);
-        float most;
-        __builtin_memcpy(&most, &bits, 4);
-        const bool finite = bits < 0x7f800000, some = finite && most > 1e-30f;
-        *scale = finite ? (some ? most / 127.0f : 0.0f) : __builtin_nanf("");
-        const F inverse = Lanes::all(some ? 127.0f / most : 0.0f);
-        I code[4];
-        for (std::size_t i = 0; i < 4; ++i) code[i] = finite ? Lanes::to_whole(Lanes::mul(v[i], inverse)) : Lanes::whole(0);
-        std::int32_t totals[4];
-        Lanes::totals(code, totals);
-        for (std::size_t i = 0; i < 4; ++i, sums += apart) *sums = totals[i];
-        if (apart == 1) {
-            for (std::size_t i = 0; i < 4; ++i, to += 16) Lanes::store_bytes(to, code[i]);
-            continue;
+        inverse = inverses;
+        for (std::size_t begin = first; begin < end; begin += kBlock, ++inverse) {
+            const F by = Lanes::all(*inverse);
+            I code[4];
+            for (std::size_t i = 0; i < 4; ++i)
+                code[i] = *inverse == *inverse ? Lanes::to_whole(Lanes::mul(load(begin + 16 * i), by)) : Lanes::whole(0);
+            std::int32_t totals[4];
+            Lanes::totals(code, totals);
+            for (std::size_t i = 0; i < 4; ++i, sums += apart) *sums = totals[i];
+            if (apart == 1) {
+                for (std::size_t i = 0; i < 4; ++i, to += 16) Lanes::store_bytes(to, code[i]);
+                continue;
+            }
+            alignas(16) std::int8_t codes[kBlock];
+            for (std::size_t i = 0; i < 4; ++i) Lanes::store_bytes(codes + 16 * i, code[i]);
+            for (std::size_t s = 0; s < kBlock / 4; ++s, to += 4 * kPanel) __builtin_memcpy(to, codes + 4 * s, 4);
         }
-        alignas(16) std::int8_t codes[kBlock];
-        for (std::size_t i = 0; i < 4; ++i) Lanes::store_bytes(codes + 16 * i, code[i]);
-        for (std::size_t s = 0; s < kBlock / 4; ++s, to += 4 * kPanel) __builtin_memcpy(to, codes + 4 * s, 4);
     }
 }
 

@@ -99,6 +99,9 @@ struct Lanes {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                          _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
     }
+    static inline void store_shorts(std::int16_t* to, I v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(_mm256_packs_epi32(v.low, v.high), 0xd8));
+    }
     static inline I load_bytes(const std::uint8_t* from) {
         return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))),
                 _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8)))};
@@ -132,5 +135,13 @@ struct Lanes {
     }
     static inline I dot(I sum, I weights, I activations) {
         return {dot_eight(sum.low, weights.low, activations.low), dot_eight(sum.high, weights.high, activations.high)};
+    }
+    static inline I dot_shorts(I sum, I a, I b) {
+#ifdef NYBBLE_VNNI
+        return {_mm256_dpwssd_avx_epi32(sum.low, a.low, b.low), _mm256_dpwssd_avx_epi32(sum.high, a.high, b.high)};
+#else
+        return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(a.low, b.low)),
+                _mm256_add_epi32(sum.high, _mm256_madd_epi16(a.high, b.high))};
+#endif
     }
 };

@@ -72,6 +72,9 @@ struct Lanes {
     static inline void store_bytes(std::int8_t* to, I v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(v));
     }
+    static inline void store_shorts(std::int16_t* to, I v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtsepi32_epi16(v));
+    }
     static inline I load_bytes(const std::uint8_t* from) {
         return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
@@ -93,6 +96,13 @@ struct Lanes {
         const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88));
         const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xdd));
         return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+    }
+    static inline I dot_shorts(I sum, I a, I b) {
+#ifdef NYBBLE_VNNI
+        return _mm512_dpwssd_epi32(sum, a, b);
+#else
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 #endif
     }
 };

@@ -162,6 +162,10 @@ struct Lanes {
         const int16x8_t high = vcombine_s16(vqmovn_s32(v.c), vqmovn_s32(v.d));
         vst1q_s8(to, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
     }
+    static inline void store_shorts(std::int16_t* to, I v) {
+        vst1q_s16(to, vcombine_s16(vqmovn_s32(v.a), vqmovn_s32(v.b)));
+        vst1q_s16(to + 8, vcombine_s16(vqmovn_s32(v.c), vqmovn_s32(v.d)));
+    }
     static inline int32x4_t widen(uint16x4_t v) { return vreinterpretq_s32_u32(vmovl_u16(v)); }
     static inline I load_bytes(const std::uint8_t* from) {
         const uint8x16_t all = vld1q_u8(from);
@@ -209,5 +213,14 @@ struct Lanes {
                 return products(vaddq_s32(s, move), moved(w), x);
             },
             sum, weights, activations);
+    }
+    static inline I dot_shorts(I sum, I a, I b) {
+        return make<I>(
+            [](auto s, auto p, auto q) {
+                const int16x8_t x = vreinterpretq_s16_s32(p), y = vreinterpretq_s16_s32(q);
+                const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
+                return vaddq_s32(s, vpaddq_s32(low, high));
+            },
+            sum, a, b);
     }
 };

@@ -135,6 +135,9 @@ struct Lanes {
     static inline void store_bytes(std::int8_t* to, I v) {  // clamped to -128..127
         for (int i = 0; i < 16; ++i) to[i] = std::int8_t(v.at[i] < -128 ? -128 : v.at[i] > 127 ? 127 : v.at[i]);
     }
+    static inline void store_shorts(std::int16_t* to, I v) {  // clamped to -32768..32767
+        for (int i = 0; i < 16; ++i) to[i] = std::int16_t(v.at[i] < -32768 ? -32768 : v.at[i] > 32767 ? 32767 : v.at[i]);
+    }
     static inline I load_bytes(const std::uint8_t* from) {
         return make<I>([&](int i) { return std::int32_t(from[i]); });
     }
@@ -162,5 +165,12 @@ struct Lanes {
         for (int i = 0; i < 16; ++i)
             for (int j = 0; j < 4; ++j) sum.at[i] += std::int32_t(w[4 * i + j]) * x[4 * i + j];
         return sum;
+    }
+    // sum[r] += the dot product of two signed shorts of a with two of b, in lane r.
+    static inline I dot_shorts(I sum, I a, I b) {
+        return make<I>([&](int i) {  // positions that nobody has written may leave 32 bits
+            const std::int32_t low = std::int16_t(a.at[i]) * std::int16_t(b.at[i]), high = (a.at[i] >> 16) * (b.at[i] >> 16);
+            return std::int32_t(std::uint32_t(sum.at[i]) + std::uint32_t(low) + std::uint32_t(high));
+        });
     }
 };

@@ -9,6 +9,7 @@ namespace nybble::NYBBLE_ISA {
 #include "body_exact.hpp"
 #include "body_product.hpp"
 #include "body_rows.hpp"
+#include "body_shorts.hpp"
 #include "body_attention.hpp"
 
 }  // namespace nybble::NYBBLE_ISA
