@@ -30,11 +30,11 @@ class Workers:
         torch.set_num_threads(self._before)
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in the order of the items; no more than two a thread are waiting to be taken."""
+        """Results in the order of the items; at most one more than there are threads is waiting to be taken."""
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(self._pool.submit(function, item))
-            if len(waiting) > 2 * self.threads:
+            if len(waiting) > self.threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -13,6 +13,7 @@ from nybble.cli import console
 
 if TYPE_CHECKING:
     from nybble.evaluate.activations import Activations, Distance
+    from nybble.evaluate.alone import Alone
 
 NAME = "eval"
 HELP = """Measure the perplexity of a model folder, float or quantized, on a text.
@@ -21,6 +22,7 @@ HELP = """Measure the perplexity of a model folder, float or quantized, on a tex
 nybble eval model-int4 --text wiki.txt
 nybble eval model-int4 --text wiki.txt --protocol llama.cpp --window 512
 nybble eval model-int4 --reference gpt2      also KL to the float model that it was made from
+nybble eval model-int4 --reference gpt2 --layers --windows 8      ... and what each weight costs alone
 
 A quantized folder is decoded by the engine too, with activations in float and rounded to int8, as `generate` does by
 default: what the rounding costs stands below. It is left out where it would take long; --activations both asks for it.
@@ -41,12 +43,15 @@ def run(
     activations: Annotated[
         str | None, typer.Option(help="Modes of the engine: float, int8, both, none; default both for a small quantized model.")
     ] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="KL of each weight alone, all others float (with --reference).")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The figures as JSON on standard output.")] = False,
 ) -> None:
     """Load, cut the text into windows, score."""
     from nybble.calibrate.windows import encode, read_text, token_windows
     from nybble.demo.text import evaluation_text
-    from nybble.errors import InputError, unknown_name
+    from nybble.errors import InputError, UsageError, unknown_name
     from nybble.evaluate.compare import check_scoring
     from nybble.models.checkpoint import check_float, check_tokenizer, is_causal, open_checkpoint
     from nybble.models.hub import resolve
@@ -54,6 +59,8 @@ def run(
     check_scoring(protocol, window, windows, stride)
     if activations is not None and activations not in CHOICES:
         raise unknown_name("activations", activations, CHOICES)
+    if layers and reference is None:
+        raise UsageError("--layers compares with the float model; name it with --reference")
     content = read_text(text) if text else evaluation_text()
     folder = resolve(model, download=True)
     checkpoint = open_checkpoint(folder)
@@ -87,9 +94,16 @@ def run(
             float_model,
             progress=lambda done, total: bar.update("", "perplexity", done / max(1, total)),
         )
+        alone: list[Alone] = []
+        if layers and float_model is not None:
+            from nybble.evaluate.alone import kl_alone
+
+            tensors = quantized.tensors
+            alone = kl_alone(float_model, tensors, cut, lambda done, n: bar.update("", "weights alone", done / max(1, n)))
     facts = {"protocol": protocol, "window": length, "windows": len(cut), "bos": bos is not None}
     if as_json:
-        typer.echo(json.dumps({**facts, **dataclasses.asdict(found.torch), "engine": _engine_facts(found), "notes": notes}))
+        line = {**facts, **dataclasses.asdict(found.torch), "engine": _engine_facts(found), "notes": notes}
+        typer.echo(json.dumps(line | ({"layers": [dataclasses.asdict(each) for each in alone]} if alone else {})))
         return
     quality = found.torch
     spread = f" ± {quality.perplexity_se:.4f}" if quality.perplexity_se is not None else ""
@@ -97,8 +111,22 @@ def run(
     typer.echo(f"protocol {protocol}, {len(cut)} windows of {length}, {quality.scored_tokens:,} tokens scored")
     if found.modes or float_model is not None:
         _show_modes(found, float_model is not None)
+    if alone:
+        _show_alone(alone, quality.kl_mean)
     for note in notes:
         typer.echo(f"note: {note}")
+
+
+def _show_alone(alone: list[Alone], together: float | None) -> None:
+    """What each weight costs, the dearest first, and how their sum compares with all of them together."""
+    from nybble.report.figures import MISSING, format_significant
+
+    typer.echo("")
+    ordered = sorted(alone, key=lambda each: -each.kl)
+    rows = [[a.name, a.format, format_significant(a.kl), format_significant(a.kl_se, 2) if a.kl_se else MISSING] for a in ordered]
+    console.print_table(["weight", "format", "KL alone\nnats", "\n±"], rows, left=2)
+    total = sum(a.kl for a in alone)
+    typer.echo(f"\nsum {format_significant(total)} nats; all together {format_significant(together)}")
 
 
 def _made_from(provenance: dict[str, object], float_folder: Path) -> bool:
