@@ -32,6 +32,7 @@ LAYERS = (
     {"calibrate"},
     {"methods"},
     {"plan"},
+    {"edits"},
     {"walk"},
     {"run"},
     {"evaluate"},

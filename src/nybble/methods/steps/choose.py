@@ -14,6 +14,7 @@ from nybble.calibrate.statistics import Statistics
 from nybble.formats import Format, QTensor
 from nybble.formats.base import Params
 from nybble.methods.steps.factor import Factor, factorize, loss_of
+from nybble.methods.steps.fitting import fit_params
 from nybble.methods.steps.grid import Chosen, Snap, decode, grid_of, params_of
 from nybble.methods.steps.refinement import refine
 from nybble.methods.steps.rounding import round_with_feedback
@@ -57,8 +58,7 @@ def choose(
     plain = _rounded(weight, fmt, fmt.fit(weight))
     shared = None
     if not fmt.independent or fmt.blocks((weight.shape[0], weight.shape[1]))[0] == 1:  # params that rows share
-        importance = _normalised(stats.importance()) if settings.scales == "search" else None
-        shared = fmt.fit(weight, importance)
+        shared = fit_params(fmt, weight, settings.scales, _normalised(stats.importance()))
     work = _Weight(torch.from_numpy(weight.astype(np.float64)), fmt, settings, Snap(fmt), plain, shared)
     damping = 0.0
     dead = 0
@@ -67,18 +67,14 @@ def choose(
         damping, dead = max(damping, factor.damping), max(dead, factor.dead)
     params = shared if shared is not None else params_of(fmt, work.result.scale, work.result.offset)
     energy = work.energy or 1.0
-    account = Account(
-        float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum())
-    )
+    account = Account(float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum()))
     return QTensor(fmt, work.result.codes.numpy(), params), account
 
 
 class _Weight:
     """One weight while its codes are chosen, group of rows by group of rows."""
 
-    def __init__(
-        self, weight: Tensor, fmt: Format, settings: Settings, snap: Snap, plain: Chosen, shared: Params | None
-    ) -> None:
+    def __init__(self, weight: Tensor, fmt: Format, settings: Settings, snap: Snap, plain: Chosen, shared: Params | None) -> None:
         rows = weight.shape[0]
         self.weight, self.fmt, self.settings, self.snap, self.plain, self.shared = weight, fmt, settings, snap, plain, shared
         self.result = Chosen(plain.codes.clone(), plain.scale.clone(), None if plain.offset is None else plain.offset.clone())
@@ -95,7 +91,7 @@ class _Weight:
         target = self.weight[rows]
         if self.settings.target > 0 and stats.cross is not None:
             target = stats.target(target, index, self.settings.target, self.settings.ridge)
-        params = self.shared if self.shared is not None else self._params_before(target, factor)
+        params = self.shared if self.shared is not None else self._params_before(target, factor, hessian)
 
         def slab(start: int) -> None:
             self._slab(slice(start, min(start + SLAB_ROWS, rows.stop)), rows.start, target, hessian, damped, factor, params)
@@ -113,7 +109,7 @@ class _Weight:
         if params is not None and self.shared is None:
             mine = {name: values[rows.start - first : rows.stop - first] for name, values in params.items()}
         if settings.feedback:
-            got = round_with_feedback(goal, factor, fmt, mine, settings.scales == "search", snap)
+            got = round_with_feedback(goal, factor, fmt, mine, settings.scales, snap)
         else:
             assert mine is not None
             got = _rounded(goal.numpy().astype(np.float32), fmt, mine)
@@ -140,17 +136,16 @@ class _Weight:
         offset = None if self.plain.offset is None else of_rows(self.plain.offset)
         return Chosen(self.plain.codes[rows], of_rows(self.plain.scale), offset)
 
-    def _params_before(self, target: Tensor, factor: Factor) -> Params | None:
+    def _params_before(self, target: Tensor, factor: Factor, hessian: Tensor) -> Params | None:
         """Params fitted before the loop, where a block is the whole row, or the order of columns tears blocks apart; None
         where the loop fits them block by block."""
         settings, columns = self.settings, self.weight.shape[1]
         if settings.feedback and self.fmt.block(columns) < columns and settings.order != "activation":
             return None
-        values = target.numpy().astype(np.float32)
-        if settings.scales == "range":
-            return self.fmt.fit(values)
-        weights = factor.pivots_by_column() if settings.feedback else torch.ones(columns)
-        return self.fmt.fit(values, _normalised(weights))
+        weights = hessian.diagonal() if settings.importance else torch.ones(columns)
+        if settings.feedback:
+            weights = factor.pivots_by_column()
+        return fit_params(self.fmt, target.numpy().astype(np.float32), settings.scales, _normalised(weights))
 
 
 def _rounded(weight: NDArray[np.float32], fmt: Format, params: Params) -> Chosen:
