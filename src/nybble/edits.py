@@ -9,6 +9,7 @@ An edit is a value: the same one, applied to another copy of the float model, gi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,11 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> set[str]:
         if edit.scale is not None and edit.fold is not None:
             changed |= _fold(model, edit.source, edit.readers, edit.fold, edit.scale)
     return changed
+
+
+def summary(edits: Iterable[Edit]) -> dict[str, int]:
+    """How many places were folded (`folded`), and how many left alone for each reason."""
+    return dict(Counter(edit.reason or "folded" for edit in edits))
 
 
 class _Place:

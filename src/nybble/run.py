@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from nybble.calibrate.importance import check_windows, input_importance
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
-from nybble.edits import Edit, apply_edits
+from nybble.edits import Edit, apply_edits, summary
 from nybble.errors import InputError, NumericError, UsageError
 from nybble.files import safetensors
 from nybble.files.folder import new_folder
@@ -206,6 +206,8 @@ def quantize_by_plan(
     if method.settings.blockwise and windows is not None:
         walked = {name: fmt for name, fmt in formats.items() if not fmt.is_cast}
         packed, accounts, edits = _walk(model, plan, method, walked, windows, progress)
+        if edits:
+            provenance["edits"] = summary(edits)
         if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
             model, consume = model if consume else copy.deepcopy(model), True
             edited, known = apply_edits(model, edits), sites(model)

@@ -230,6 +230,7 @@ def test_the_folder_and_the_engine_have_the_edits(
     folder = quantized.save(tmp_path / "m")
     loaded = nybble.load(folder)
     torch.testing.assert_close(logits(loaded.model(), ids), ours, rtol=0, atol=1e-5)
+    assert loaded.provenance["edits"]["folded"] == sum(e.scale is not None for e in quantized.edits)
     for key, tensor in quantized.tensors.items():
         np.testing.assert_array_equal(loaded.tensors[key].codes, tensor.codes)
     decoder = Decoder.load(folder, threads=1, exact=True)

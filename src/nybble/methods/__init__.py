@@ -58,7 +58,8 @@ def method_names() -> list[str]:
 def parse_method(spec: str) -> Method:
     """The method of a spec string `NAME[+NAME...][:option...]`. Raises UsageError for an unknown name or option."""
     name, *options = spec.strip().split(":")
-    settings, aliases = PLAIN, {}
+    settings = PLAIN
+    aliases: dict[str, Any] = {}
     for part in name.split("+"):
         if part not in method_names():
             raise unknown_name("method", part, method_names())

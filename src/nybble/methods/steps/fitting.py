@@ -5,7 +5,8 @@ which a few large errors cost less than they do squared, so that outliers do not
 auxiliary error E the problem falls in two closed forms that take turns: E is W - Q shrunk by the proximal operator of the
 p-norm, and the grid is the least-squares fit of W - E. Differences from the paper and its code: they keep a float zero point
 and fit that alone; files hold whole ones, so here the scale is fitted with the zero point as stored (for formats without
-offset the scale alone). Errors are shrunk in units of a block's scale, so that `BETA` means the same for every weight.
+offset the scale alone). Errors are shrunk in units of the mean gap between two values of a block, so that `BETA` means the same
+for every weight and format; in those of the weights, as in the code, next to nothing of a usual weight's error is beyond it.
 """
 
 from __future__ import annotations
@@ -84,11 +85,12 @@ class _Blocks:
 def _rounds(fmt: Format, weight: Float32, scale: Float64, offset: Float64 | None) -> tuple[Float64, Float64 | None]:
     """The best stored grid met on the way, from a stored one."""
     blocks = _Blocks(fmt, weight)
+    gap = float(np.ptp(fmt.levels)) / (len(fmt.levels) - 1)
     best, best_offset = scale.copy(), None if offset is None else offset.copy()
     error, level = blocks.error(scale, offset)
     lowest, mean, beta = blocks.loss(error), float(np.abs(error).mean()), BETA
     for _ in range(ROUNDS):
-        unit = np.where(scale == 0, 1.0, np.abs(scale))[..., None]
+        unit = gap * np.where(scale == 0, 1.0, np.abs(scale))[..., None]
         target = blocks.view - unit * shrink(error / unit, beta)
         scale, offset = _grid(fmt, fmt.from_grid(*_refit(fmt, target, level, blocks.real, scale, offset)))
         error, level = blocks.error(scale, offset)
