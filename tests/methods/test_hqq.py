@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from nybble.calibrate.statistics import Statistics
 from nybble.errors import NumericError
 from nybble.formats import parse_format
 from nybble.methods import parse_method
+from nybble.methods.steps.choose import choose
 from nybble.methods.steps.fitting import BETA, POWER, fit_half_quadratic, fit_params, half_quadratic_loss, shrink
 
 INDEPENDENT = ("int8:channel", "int4:channel", "int4:g64", "int4:g64,asym", "int3:g64,asym", "int2:g32", "nf4:g64", "fp4:g64")
@@ -49,8 +52,8 @@ def test_what_is_stored_is_what_was_judged(spec: str) -> None:
     np.testing.assert_array_equal(codes, fmt.encode(weight, params))
 
 
-def test_the_shrinkage_solves_its_problem() -> None:
-    """For the minimum of |e|^p + beta/(2p) ... HQQ's operator is one step of the fixed point; checked against its formula."""
+def test_the_shrinkage() -> None:
+    """HQQ's operator by its formula; with beta large nothing is taken off."""
     error = np.array([-0.6, -0.05, 0.0, 0.2, 3.0])
     expected = [np.sign(e) * max(abs(e) - abs(e) ** (POWER - 1) / BETA, 0) if e else 0.0 for e in error]
     np.testing.assert_allclose(shrink(error, BETA), expected)
@@ -82,3 +85,15 @@ def test_it_needs_no_data_and_joins_others() -> None:
     assert not parse_method("hqq").uses_calibration
     assert parse_method("gptq:scales=hqq").settings.scales == "hqq"
     assert parse_method("hqq+gptq").settings.feedback
+
+
+@pytest.mark.parametrize("spec", ["int3:g64,asym", "int4:channel", "int4:tensor", "nf4:g64,dq"])
+def test_with_feedback(spec: str) -> None:
+    """Scales are fitted where the loop comes to a block, or before it; the result is no worse than rounding."""
+    x = torch.randn(400, 172, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x @ (torch.eye(172, dtype=torch.float64) + 0.3 * torch.ones(172, 172, dtype=torch.float64) / 13)
+    statistics = Statistics([2 / 400 * x.T @ x])
+    weight, fmt = heavy(), parse_format(spec)
+    tensor, account = choose(weight, fmt, parse_method("gptq:scales=hqq").settings, statistics)
+    assert account.loss < account.loss_of_rounding
+    np.testing.assert_array_equal(tensor.codes.shape, weight.shape)
