@@ -33,6 +33,7 @@ LAYERS = (
     {"calibrate"},
     {"methods"},
     {"plan"},
+    {"edits"},
     {"walk"},
     {"run"},
     {"evaluate"},

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from nybble.calibrate.importance import check_windows, input_importance
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
+from nybble.edits import Edit, apply_edits, summary
 from nybble.errors import InputError, NumericError, UsageError
 from nybble.files import safetensors
 from nybble.files.folder import new_folder
@@ -58,6 +59,9 @@ class Quantized:
         self._tensors: dict[str, QTensor] | None = None
         self.accounts: dict[str, Account] = {}
         """What a calibrated method did to each weight, by name; empty for the others and for what was loaded."""
+        self.edits: list[Edit] = []
+        """What was folded into norms and weights before anything was rounded, and what was left alone; see edits.py."""
+        self._edited: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> dict[str, QTensor]:
@@ -114,12 +118,13 @@ class Quantized:
         return {info.name: _lookup(self._model, info.name) for info in describe(self._model)}
 
     def _float_state(self) -> dict[str, torch.Tensor]:
-        """What stays in float, in the type that the source stored it in: it was read from that, so nothing is lost."""
+        """What stays in float, in the type that the source stored it in: it was read from that, so nothing is lost. Not what
+        was edited: that is float32, since a scale in a norm and its inverse in a matrix must cancel."""
         packed = tuple(f"{name}." for name in self.tensors)
         tag = open_checkpoint(self._source).float_tag if self._source else None
         dtype = next((d for d, t in TAGS.items() if t == tag), None)
         return {
-            name: tensor.to(dtype) if dtype and tensor.dtype in TAGS else tensor
+            name: tensor.to(dtype) if dtype and tensor.dtype in TAGS and name not in self._edited else tensor
             for name, tensor in self._plain_state().items()
             if not name.startswith(packed)
         }
@@ -196,9 +201,16 @@ def quantize_by_plan(
         check_windows(model, windows)
     packed: dict[str, QTensor] = {}
     accounts: dict[str, Account] = {}
+    edits: list[Edit] = []
+    edited: set[str] = set()
     if method.settings.blockwise and windows is not None:
         walked = {name: fmt for name, fmt in formats.items() if not fmt.is_cast}
-        packed, accounts = _walk(model, plan, method, walked, windows, progress)
+        packed, accounts, edits = _walk(model, plan, method, walked, windows, progress)
+        if edits:
+            provenance["edits"] = summary(edits)
+        if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
+            model, consume = model if consume else copy.deepcopy(model), True
+            edited, known = apply_edits(model, edits), sites(model)
     importance = None
     if windows is not None and method.uses_calibration and not method.settings.blockwise:
         importance = input_importance(model, windows, lambda done, n: progress("calibration", done, n) if progress else None)
@@ -221,7 +233,7 @@ def quantize_by_plan(
     target = model if consume else _copy_without(model, [known[name].modules[0] for name in packed])
     replace_weights(target, packed)
     result = Quantized(target, plan.hash, None, provenance, source)
-    result.accounts = accounts
+    result.accounts, result.edits, result._edited = accounts, edits, frozenset(edited)
     return result
 
 
@@ -232,7 +244,7 @@ def _walk(
     formats: dict[str, Format],
     windows: NDArray[np.integer[Any]],
     progress: Progress | None,
-) -> tuple[dict[str, QTensor], dict[str, Account]]:
+) -> tuple[dict[str, QTensor], dict[str, Account], list[Edit]]:
     """A calibrated method on a copy of the model, whose weights it replaces on its way."""
     copied = copy.deepcopy(model)
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
@@ -242,7 +254,7 @@ def _walk(
     with quiet(), Workers() as workers:
         walk = Walk(copied, layers, formats, method.settings, windows, groups, workers, progress)
         walk.run()
-    return walk.tensors, walk.accounts
+    return walk.tensors, walk.accounts, walk.edits
 
 
 def _rows(model: nn.Module, name: str) -> int:

@@ -26,6 +26,7 @@ from nybble.calibrate.predictions import Predictions
 from nybble.calibrate.statistics import Statistics, Sums
 from nybble.calibrate.watching import catch_inputs, inputs_of
 from nybble.calibrate.workers import Workers
+from nybble.edits import Edit, edit_blocks
 from nybble.errors import NumericError
 from nybble.formats import Format, QTensor
 from nybble.methods.steps.choose import Account, choose
@@ -55,11 +56,15 @@ class Walk:
     progress: Progress | None = None
     tensors: dict[str, QTensor] = field(default_factory=dict)
     accounts: dict[str, Account] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
+    """What was changed in the float model before the walk."""
 
     def run(self) -> None:
-        """Fill `tensors` and `accounts`. Raises NumericError naming the weight, InputError where the model has no blocks."""
+        """Fill `tensors`, `accounts`, `edits`. Raises NumericError naming the weight, InputError where a model has no blocks."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        if self.settings.edit != "none":  # from here on the edited float model is the float model
+            self.edits = edit_blocks(self.model, self.formats, self.settings, self.windows, self.workers, self._report)
         floats: dict[str, NDArray[np.float32]] = {}
         predictions = None
         if self.settings.tune:

@@ -81,7 +81,7 @@ def test_feedback_equals_gptq_by_the_inverse(kind: str, order: str) -> None:
         params = fmt.fit(weight)
         grid = grid_of(fmt, params)
         factor = factorize(hessian, 0.01, order, fmt.block(weight.shape[1]))
-        got = round_with_feedback(torch.from_numpy(weight.astype(np.float64)), factor, fmt, grid, False, Snap(fmt))
+        got = round_with_feedback(torch.from_numpy(weight.astype(np.float64)), factor, fmt, grid, "range", Snap(fmt))
         scale = params["scale"].astype(np.float64)[:, 0]
         wide = weight.astype(np.float64)
         expected = gptq_by_inverse(wide, hessian.numpy(), scale, 4, factor.damping, factor.order.numpy())
@@ -96,7 +96,7 @@ def test_the_loss_of_the_loop_is_the_sum_over_pivots(spec: str) -> None:
     factor = factorize(hessian, 0.01, "groups", fmt.block(96))
     snap = Snap(fmt)
     grid = grid_of(fmt, fmt.fit(weight)) if fmt.block(96) == 96 else None
-    got = round_with_feedback(wide, factor, fmt, grid, False, snap)
+    got = round_with_feedback(wide, factor, fmt, grid, "range", snap)
     error = decode(fmt, got, snap) - wide
     damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(96).double()
     by_pivots = (factor.pivots * (error[:, factor.order] @ factor.upper) ** 2).sum(1)
@@ -111,7 +111,7 @@ def test_a_diagonal_hessian_gives_rounding_to_nearest(spec: str) -> None:
     for order in ("natural", "groups"):
         factor = factorize(hessian, 0.01, order, fmt.block(96))
         grid = grid_of(fmt, fmt.fit(weight)) if fmt.block(96) == 96 else None
-        got = round_with_feedback(torch.from_numpy(weight.astype(np.float64)), factor, fmt, grid, False, Snap(fmt))
+        got = round_with_feedback(torch.from_numpy(weight.astype(np.float64)), factor, fmt, grid, "range", Snap(fmt))
         np.testing.assert_array_equal(got.codes.numpy(), fmt.encode(weight, fmt.fit(weight)))
 
 

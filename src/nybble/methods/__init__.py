@@ -23,6 +23,7 @@ import numpy as np
 
 from nybble.errors import UsageError, unknown_name
 from nybble.formats import Format, QTensor
+from nybble.methods.steps.fitting import fit_params
 from nybble.methods.steps.settings import PLAIN, Settings, change
 
 
@@ -42,10 +43,7 @@ class Method:
     def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None) -> QTensor:
         """QTensor of a float32 weight [N, K], rounded to nearest: what a method does where no Hessian is known.
         `importance`, float32 [K], weighs the columns in a search. Raises NumericError as the format does."""
-        if self.settings.scales == "range" or fmt.is_cast:
-            params = fmt.fit(weight)
-        else:
-            params = fmt.fit(weight, np.ones(weight.shape[1], np.float32) if importance is None else importance)
+        params = fit_params(fmt, weight, self.settings.scales, importance)
         return QTensor(fmt, fmt.encode(weight, params), params)
 
     def __str__(self) -> str:
@@ -61,12 +59,14 @@ def parse_method(spec: str) -> Method:
     """The method of a spec string `NAME[+NAME...][:option...]`. Raises UsageError for an unknown name or option."""
     name, *options = spec.strip().split(":")
     settings = PLAIN
-    aliases: dict[str, dict[str, Any]] = {}
+    aliases: dict[str, Any] = {}
     for part in name.split("+"):
         if part not in method_names():
             raise unknown_name("method", part, method_names())
         module = _module(part)
         own: Settings = module.SETTINGS
+        if own.edit != "none" and settings.edit not in ("none", own.edit):
+            raise UsageError(f"method {name!r}: {settings.edit} and {own.edit} fold scales into the same places; use one of them")
         fields = [field.name for field in dataclasses.fields(Settings)]
         changed = {key: getattr(own, key) for key in fields if getattr(own, key) != getattr(PLAIN, key)}
         settings = dataclasses.replace(settings, **changed)

@@ -14,6 +14,7 @@ from nybble.calibrate.statistics import Statistics
 from nybble.formats import Format, QTensor
 from nybble.formats.base import Params
 from nybble.methods.steps.factor import Factor, factorize, loss_of
+from nybble.methods.steps.fitting import fit_params
 from nybble.methods.steps.grid import Chosen, Grid, Snap, columns_of, decode, grid_of, params_of, rows_of
 from nybble.methods.steps.refinement import refine
 from nybble.methods.steps.rounding import round_with_feedback
@@ -57,8 +58,7 @@ def choose(
     plain = _rounded(weight, fmt, fmt.fit(weight))
     shared = None
     if not fmt.independent or fmt.blocks((weight.shape[0], weight.shape[1]))[0] == 1:  # params that rows share
-        importance = _normalised(stats.importance()) if settings.scales == "search" else None
-        shared = fmt.fit(weight, importance)
+        shared = fit_params(fmt, weight, settings.scales, _normalised(stats.importance()))
     work = _Weight(torch.from_numpy(weight.astype(np.float64)), fmt, settings, Snap(fmt), plain, shared)
     damping = 0.0
     dead = 0
@@ -97,7 +97,7 @@ class _Weight:
         if self.shared is not None:
             grid: Grid | None = rows_of(grid_of(self.fmt, self.shared), rows, len(self.weight))
         else:
-            grid = self._grid_before(target, factor)
+            grid = self._grid_before(target, factor, hessian)
 
         def slab(start: int) -> None:
             self._slab(slice(start, min(start + SLAB_ROWS, rows.stop)), rows, target, hessian, damped, factor, grid)
@@ -114,7 +114,7 @@ class _Weight:
         goal = target[inside]
         mine = None if grid is None else rows_of(grid, inside, len(target))
         if settings.feedback:
-            got = round_with_feedback(goal, factor, fmt, mine, settings.scales == "search", snap)
+            got = round_with_feedback(goal, factor, fmt, mine, settings.scales, snap)
         else:
             assert mine is not None
             block = fmt.block(goal.shape[1])
@@ -140,17 +140,16 @@ class _Weight:
     def _plain(self, rows: slice) -> Chosen:
         return Chosen(self.plain.codes[rows], *rows_of((self.plain.scale, self.plain.offset), rows, len(self.weight)))
 
-    def _grid_before(self, target: Tensor, factor: Factor) -> Grid | None:
+    def _grid_before(self, target: Tensor, factor: Factor, hessian: Tensor) -> Grid | None:
         """The grid fitted before the loop, where a block is the whole row, or the order of columns tears blocks apart; None
         where the loop fits it block by block."""
         settings, columns = self.settings, self.weight.shape[1]
         if settings.feedback and self.fmt.block(columns) < columns and settings.order != "activation":
             return None
-        values = target.numpy().astype(np.float32)
-        if settings.scales == "range":
-            return grid_of(self.fmt, self.fmt.fit(values))
-        weights = factor.pivots_by_column() if settings.feedback else torch.ones(columns)
-        return grid_of(self.fmt, self.fmt.fit(values, _normalised(weights)))
+        weights = hessian.diagonal() if settings.importance else torch.ones(columns)
+        if settings.feedback:
+            weights = factor.pivots_by_column()
+        return grid_of(self.fmt, fit_params(self.fmt, target.numpy().astype(np.float32), settings.scales, _normalised(weights)))
 
 
 def _rounded(weight: NDArray[np.float32], fmt: Format, params: Params) -> Chosen:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from nybble.formats import Format
 from nybble.methods.steps.factor import Factor
+from nybble.methods.steps.fitting import Scales, fit_params
 from nybble.methods.steps.grid import Chosen, Grid, Snap, columns_of, grid_of
 
 STRIP = 128
 """Columns whose feedback is applied one by one; what they owe to later strips is one product."""
 
 
-def round_with_feedback(target: Tensor, factor: Factor, fmt: Format, grid: Grid | None, search: bool, snap: Snap) -> Chosen:
-    """Codes and grid for target rows, float64 [N, K]. The grid is given, or each block's is fitted when the loop
-    comes to it (`search`: by importance-weighted search, else the plain range); its columns then must stand together in
-    the loop's order."""
+def round_with_feedback(target: Tensor, factor: Factor, fmt: Format, grid: Grid | None, scales: Scales, snap: Snap) -> Chosen:
+    """Codes and grid for target rows, float64 [N, K]. The grid is given, or each block's is fitted when
+    the loop comes to it, as `scales` says (a search is weighted by the pivots); its columns then must stand together in the
+    loop's order."""
     rows, columns = target.shape
     block = fmt.block(columns)
     goal = target.T[factor.order].contiguous()  # [K, N]: a column of the weight is a row of memory
@@ -49,7 +50,7 @@ def round_with_feedback(target: Tensor, factor: Factor, fmt: Format, grid: Grid 
                 owed = inner - goal[first:last]
                 # the weights that would make the loss of these columns zero: what the scale has to reach
                 wanted = goal[first:last] + torch.linalg.solve_triangular(upper[first:last, first:last].T, owed, upper=False)
-                s, o = _fit(fmt, wanted, factor.order[first:last], factor.pivots[first:last], search)
+                s, o = _fit(fmt, wanted, factor.order[first:last], factor.pivots[first:last], scales)
                 scale[:, at] = s[:, 0]
                 if o is not None:
                     offset = torch.zeros_like(scale) if offset is None else offset
@@ -71,13 +72,13 @@ def round_with_feedback(target: Tensor, factor: Factor, fmt: Format, grid: Grid 
     return Chosen(result, scale, offset)
 
 
-def _fit(fmt: Format, wanted: Tensor, order: Tensor, pivots: Tensor, search: bool) -> tuple[Tensor, Tensor | None]:
+def _fit(fmt: Format, wanted: Tensor, order: Tensor, pivots: Tensor, scales: Scales) -> tuple[Tensor, Tensor | None]:
     """(scale, offset), float64 [N, 1], of one block whose columns [n, N] stand in the loop's order."""
     place = torch.argsort(order)
     weight = np.ascontiguousarray(wanted[place].T.numpy(), dtype=np.float32)
     importance = pivots[place].numpy()
     importance = (importance / max(importance.max(), 1e-300)).astype(np.float32)  # float32 holds no 1e40
-    return grid_of(fmt, fmt.fit(weight, importance if search else None))
+    return grid_of(fmt, fit_params(fmt, weight, scales, importance))
 
 
 def _end_of_strip(start: int, columns: int, block: int, order: Tensor, whole_blocks: bool) -> int:

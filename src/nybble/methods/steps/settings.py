@@ -17,8 +17,12 @@ from nybble.errors import UsageError, unknown_name
 class Settings:
     """Every switch of every step. The defaults are plain rounding to nearest."""
 
-    scales: Literal["range", "search"] = "range"
-    """Scales from the plain range of a block, or searched for the least weighted error."""
+    edit: Literal["none", "awq", "smoothquant"] = "none"
+    """Scales per channel that are folded into norms and weights before anything is rounded; the float model computes the same."""
+    smooth: float = 0.5
+    """Of SmoothQuant: the activations' share of each channel's range, 0 to 1."""
+    scales: Literal["range", "search", "hqq"] = "range"
+    """Scales from the plain range of a block, searched for the least weighted error, or half-quadratic."""
     importance: bool = False
     """The search weighs columns by their mean square in calibration."""
     feedback: bool = False
@@ -49,10 +53,14 @@ class Settings:
     seed: int = 0
     """Of the draws and of the order of windows in tuning."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.smooth <= 1:
+            raise UsageError(f"smooth is the exponent of the activations' range and lies between 0 and 1, not {self.smooth:g}")
+
     @property
     def blockwise(self) -> bool:
         """Whether the model has to be walked block by block; else every weight is a matter of its own."""
-        return self.hessian or self.tune > 0
+        return self.hessian or self.tune > 0 or self.edit != "none"
 
     @property
     def hessian(self) -> bool:
