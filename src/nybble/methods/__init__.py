@@ -60,7 +60,7 @@ def method_names() -> list[str]:
 def parse_method(spec: str) -> Method:
     """The method of a spec string `NAME[+NAME...][:option...]`. Raises UsageError for an unknown name or option."""
     name, *options = spec.strip().split(":")
-    settings, aliases = PLAIN, {}
+    settings, aliases = PLAIN, dict[str, dict[str, Any]]()
     for part in name.split("+"):
         if part not in method_names():
             raise unknown_name("method", part, method_names())
@@ -68,6 +68,8 @@ def parse_method(spec: str) -> Method:
         own: Settings = module.SETTINGS
         fields = [field.name for field in dataclasses.fields(Settings)]
         changed = {key: getattr(own, key) for key in fields if getattr(own, key) != getattr(PLAIN, key)}
+        if settings.activations != "float" and "activations" in changed:
+            raise UsageError(f"method {spec!r}: {settings.activations} and {own.activations} activations exclude each other")
         settings = dataclasses.replace(settings, **changed)
         aliases.update(getattr(module, "ALIASES", {}))
     for option in options:
