@@ -18,6 +18,7 @@ import pytest
 import nybble
 from nybble.formats import format_names
 from nybble.methods import method_names, parse_method
+from nybble.methods.steps.settings import Settings
 
 ROOT = Path(nybble.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -148,7 +149,7 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 
 def test_formats_and_methods_are_found_by_file() -> None:
-    shared = {"base", "qtensor", "search", "spec"}
+    shared = {"activations", "base", "qtensor", "search", "spec"}
     found = set()
     for module in pkgutil.iter_modules([str(ROOT / "formats")]):
         names = getattr(importlib.import_module(f"nybble.formats.{module.name}"), "NAMES", {})
@@ -160,9 +161,8 @@ def test_formats_and_methods_are_found_by_file() -> None:
     for name in files:
         parse_method(name)
         module = importlib.import_module(f"nybble.methods.{name}")
-        assert isinstance(module.OPTIONS, frozenset)
-        assert isinstance(module.uses_importance(frozenset()), bool)
-        assert callable(module.quantize)
+        assert isinstance(module.SETTINGS, Settings)
+        assert isinstance(getattr(module, "ALIASES", {}), dict)
 
 
 HEAVY = ("torch", "transformers", "matplotlib", "huggingface_hub", "tokenizers")

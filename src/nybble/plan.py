@@ -158,7 +158,9 @@ def _scheme(tensor: TensorInfo, fmt: Format, recipe: Recipe) -> str | None:
     scheme = method.settings.activations
     if scheme == "float" or tensor.kind == "embedding" or tensor.block is None:
         return None
-    if not fmt.is_integer and not (fmt.is_cast and recipe.rules and not parse_format(recipe.format).is_cast):
+    if fmt.is_cast and not parse_format(recipe.format).is_cast:
+        return None
+    if not fmt.is_integer:
         raise UsageError(f"method {method} multiplies integers: {fmt} has none; use int8:channel")
     return scheme
 

@@ -67,6 +67,7 @@ def run(
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.evaluate.activations import evaluate_activations
+        from nybble.models.inputs import count_outliers, outlier_note
         from nybble.models.loading import load_tokenizer, window_length
         from nybble.run import load
 
@@ -79,6 +80,7 @@ def run(
             notes.append(f"{reference} is not the model that {model} was made from")
         packed = "quantization_config" in checkpoint.config
         modes = CHOICES[activations or _default_modes(folder, packed, quantized.weight_bytes * cut.scored_tokens, notes)]
+        outliers = count_outliers(quantized.model())
         found = evaluate_activations(
             folder,
             quantized.model(),
@@ -87,6 +89,8 @@ def run(
             float_model,
             progress=lambda done, total: bar.update("", "perplexity", done / max(1, total)),
         )
+    if (note := outlier_note(outliers())) is not None:
+        notes.append(note)
     facts = {"protocol": protocol, "window": length, "windows": len(cut), "bos": bos is not None}
     if as_json:
         typer.echo(json.dumps({**facts, **dataclasses.asdict(found.torch), "engine": _engine_facts(found), "notes": notes}))

@@ -45,7 +45,7 @@ class NativeFile:
     packed: dict[str, tuple[str, tuple[int, int]]]
     """Name -> (format spec, shape)."""
     schemes: dict[str, Activations] = field(default_factory=dict)
-    """Name -> what becomes of the inputs it multiplies, without a static grid's numbers; absent: they stay floats."""
+    """Name -> what becomes of the inputs it multiplies; absent: they stay floats."""
 
     def read(self, name: str) -> QTensor:
         """The packed tensor of this name. Raises FileFormatError when its arrays do not fit its format."""
@@ -53,10 +53,7 @@ class NativeFile:
         fmt = parse_format(spec)
         try:
             stored = {suffix: self.file.read(f"{name}.{suffix}").copy() for suffix in fmt.storage(shape)}
-            scheme = self.schemes.get(name)
-            if scheme is not None:
-                scheme = scheme.with_stored({suffix: self.file.read(f"{name}.{suffix}") for suffix in scheme.stored()})
-            return QTensor.from_stored(fmt, stored, shape, scheme)
+            return QTensor.from_stored(fmt, stored, shape, self.schemes.get(name))
         except (ValueError, InputError) as error:
             raise FileFormatError(f"{self.file.path}: tensor {name!r}: {error}") from error
 
@@ -118,8 +115,9 @@ def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]
 
 
 def read_schemes(entry: Mapping[str, Any]) -> dict[str, Activations]:
-    """Name -> scheme of the inputs, for the tensors of a `quantization_config` (one that `read_entry` took) that have one.
-    Raises FileFormatError for a scheme that this nybble does not know: computing without it would be another model."""
+    """Name -> scheme of the inputs, for the tensors of a `quantization_config` (one that `read_entry` took) that have one;
+    a static grid's numbers are not known yet. Raises FileFormatError for a scheme that this nybble does not know: computing
+    without it would be another model."""
     schemes = {}
     for name, item in entry["tensors"].items():
         if item.get("activations") is not None:
@@ -164,6 +162,11 @@ def open_native(folder: str | Path) -> NativeFile:
         for suffix in (*parse_format(spec).storage(shape), *inputs):
             if f"{name}.{suffix}" not in file.entries:
                 raise FileFormatError(f"{file.path} lacks tensor {f'{name}.{suffix}'!r}, which config.json names")
+    for name, scheme in schemes.items():
+        try:
+            schemes[name] = scheme.with_stored({suffix: file.read(f"{name}.{suffix}") for suffix in scheme.stored()})
+        except ValueError as error:
+            raise FileFormatError(f"{file.path}: tensor {name!r}: {error}") from error
     try:
         provenance = json.loads(file.metadata.get(PROVENANCE, "{}"))
     except (ValueError, RecursionError) as error:

@@ -87,4 +87,4 @@ def parse_entry(entry: Any) -> Activations:
     known = {"threshold"} if scheme == "outliers" else set()
     if set(numbers) != known or not all(type(value) in (int, float) for value in numbers.values()):
         raise ValueError(f"activations {entry!r} are not those of scheme {scheme}")
-    return Activations(scheme, **{key: float(value) for key, value in numbers.items()})
+    return Activations(scheme, threshold=float(numbers.get("threshold", 0.0)))

@@ -55,7 +55,9 @@ class QTensor:
         shape: tuple[int, int],
         activations: Activations | None = None,
     ) -> QTensor:
-        """Inverse of `stored`; `activations` is stored beside it. Raises ValueError when arrays do not have the dtype and shape that the format states."""
+        """Inverse of `stored`; `activations` comes from beside it.
+
+        Raises ValueError when arrays do not have the dtype and shape that the format states."""
         expected = fmt.storage(shape)
         if set(stored) != set(expected):
             raise ValueError(f"{fmt} of shape {shape} stores {sorted(expected)}, got {sorted(stored)}")
