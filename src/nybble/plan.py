@@ -14,6 +14,8 @@ from fnmatch import fnmatchcase
 
 from nybble.errors import UsageError, unknown_name
 from nybble.formats import Format, parse_format
+from nybble.formats.activations import Activations
+from nybble.methods import parse_method
 from nybble.models.info import TensorInfo
 
 FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
@@ -50,6 +52,8 @@ class PlanRow:
     """Everything stored for it."""
     reason: str
     """Why this and nothing else; notes such as short tail groups."""
+    activations: str | None = None
+    """What becomes of the inputs it multiplies (`dynamic`, `static`, `outliers`); None: they stay floats."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class Plan:
                 f"{len(tails)} weights have rows of {', '.join(map(str, columns))} columns, which the block size does not "
                 "divide: the last block of each row is shorter and has a scale of its own"
             )
+        rounded = [row for row in self.packed if row.activations]
+        if rounded:
+            notes.append(f"{rounded[0].activations} activations in {len(rounded)} weights; inputs of tables and head stay floats")
         kept = [row for row in self.rows if row.format is None and row.tensor.kind != "float"]
         if kept:
             notes.append(f"kept in float: {', '.join(row.tensor.name for row in kept)}")
@@ -136,8 +143,26 @@ def _decide(tensor: TensorInfo, recipe: Recipe) -> PlanRow:
         f"tied with {', '.join(tensor.aliases)}" if tensor.aliases else "",
         _tail(fmt, shape[1]),
     ]
+    scheme = _scheme(tensor, fmt, recipe)
+    if scheme is not None:
+        notes.append(f"{scheme} activations")
     method = "cast" if fmt.is_cast else recipe.method
-    return PlanRow(tensor, str(fmt), method, fmt.stored_bits(shape), "; ".join(n for n in notes if n))
+    bits = fmt.stored_bits(shape) + (Activations(scheme).bits if scheme else 0)
+    return PlanRow(tensor, str(fmt), method, bits, "; ".join(n for n in notes if n), scheme)
+
+
+def _scheme(tensor: TensorInfo, fmt: Format, recipe: Recipe) -> str | None:
+    """Inputs of linear layers inside the blocks are rounded; those of a head, tied or not, never are: it is fed the last norm's
+    outputs, and its errors go straight into the logits. A rule that casts a weight keeps its inputs too."""
+    method = parse_method(recipe.method)
+    scheme = method.settings.activations
+    if scheme == "float" or tensor.kind == "embedding" or tensor.block is None:
+        return None
+    if fmt.is_cast and not parse_format(recipe.format).is_cast:
+        return None
+    if not fmt.is_integer:
+        raise UsageError(f"method {method} multiplies integers: {fmt} has none; use int8:channel")
+    return scheme
 
 
 def _tail(fmt: Format, columns: int) -> str:

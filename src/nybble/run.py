@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from nybble.calibrate.histogram import input_histograms
 from nybble.calibrate.importance import check_windows, input_importance
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
@@ -30,8 +31,10 @@ from nybble.files import safetensors
 from nybble.files.folder import new_folder
 from nybble.files.native import WEIGHTS, config_entry, open_native, write_native
 from nybble.formats import Format, QTensor, parse_format
+from nybble.formats.activations import Activations
 from nybble.methods import Method, parse_method
 from nybble.methods.steps.choose import Account
+from nybble.methods.steps.observe import static_grid
 from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
 from nybble.models.loading import DTYPES, lay_out_for_half, load_model, quiet
@@ -194,8 +197,9 @@ def quantize_by_plan(
     known = sites(model)
     formats = {row.tensor.name: parse_format(row.format or "") for row in rows}
     if windows is None and method.settings.calibrated and not all(fmt.is_cast for fmt in formats.values()):
+        instead = "dynamic" if method.settings.activations == "static" and not method.settings.blockwise else "rtn:mse"
         raise UsageError(
-            f"method {method} reads calibration text; give some (--calibrate FILE), or use rtn:mse, which needs none"
+            f"method {method} reads calibration text; give some (--calibrate FILE), or use {instead}, which needs none"
         )
     if windows is not None and method.uses_calibration:
         check_windows(model, windows)
@@ -212,7 +216,7 @@ def quantize_by_plan(
             model, consume = model if consume else copy.deepcopy(model), True
             edited, known = apply_edits(model, edits), sites(model)
     importance = None
-    if windows is not None and method.uses_calibration and not method.settings.blockwise:
+    if windows is not None and method.settings.scales == "search" and not method.settings.blockwise:
         importance = input_importance(model, windows, lambda done, n: progress("calibration", done, n) if progress else None)
     for i, (name, fmt) in enumerate(formats.items()):
         weight = float_weight(known[name].modules[0])
@@ -232,6 +236,7 @@ def quantize_by_plan(
         return Quantized(target, plan.hash, plan.recipe.format, provenance, source)
     target = model if consume else _copy_without(model, [known[name].modules[0] for name in packed])
     replace_weights(target, packed)
+    _round_inputs(target, plan, method, windows, progress)
     result = Quantized(target, plan.hash, None, provenance, source)
     result.accounts, result.edits, result._edited = accounts, edits, frozenset(edited)
     return result
@@ -255,6 +260,36 @@ def _walk(
         walk = Walk(copied, layers, formats, method.settings, windows, groups, workers, progress)
         walk.run()
     return walk.tensors, walk.accounts, walk.edits
+
+
+def _round_inputs(
+    target: PreTrainedModel,
+    plan: Plan,
+    method: Method,
+    windows: NDArray[np.integer[Any]] | None,
+    progress: Progress | None,
+) -> None:
+    """Give the packed weights of a model the schemes that the plan names. Static grids are those of the inputs that the packed
+    model itself has on the calibration windows, none of them rounded yet."""
+    weights = {name: module for name, module in target.named_modules() if isinstance(module, PackedWeight)}
+    rows = [row for row in plan.packed if row.activations]
+    static = [row.tensor.name for row in rows if row.activations == "static"]
+    histograms = {}
+    if static and windows is not None:
+        watched = {name: target.get_submodule(name.rpartition(".")[0]) for name in static}
+        histograms = input_histograms(
+            target, watched, windows, lambda done, n: progress("observing inputs", done, n) if progress else None
+        )
+    for row in rows:
+        name = row.tensor.name
+        if row.activations == "static":
+            weights[name].round_inputs(static_grid(histograms[name], method.settings))
+        else:
+            weights[name].round_inputs(Activations(str(row.activations), threshold=_threshold(method, row.activations)))
+
+
+def _threshold(method: Method, scheme: str | None) -> float:
+    return method.settings.threshold if scheme == "outliers" else 0.0
 
 
 def _rows(model: nn.Module, name: str) -> int:

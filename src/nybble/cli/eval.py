@@ -74,6 +74,7 @@ def run(
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.evaluate.activations import evaluate_activations
+        from nybble.models.inputs import count_outliers, outlier_note
         from nybble.models.loading import load_tokenizer, window_length
         from nybble.run import load
 
@@ -86,6 +87,7 @@ def run(
             notes.append(f"{reference} is not the model that {model} was made from")
         packed = "quantization_config" in checkpoint.config
         modes = CHOICES[activations or _default_modes(folder, packed, quantized.weight_bytes * cut.scored_tokens, notes)]
+        outliers = count_outliers(quantized.model())
         found = evaluate_activations(
             folder,
             quantized.model(),
@@ -100,6 +102,8 @@ def run(
 
             tensors = quantized.tensors
             alone = kl_alone(float_model, tensors, cut, lambda done, n: bar.update("", "weights alone", done / max(1, n)))
+    if (note := outlier_note(outliers())) is not None:
+        notes.append(note)
     facts = {"protocol": protocol, "window": length, "windows": len(cut), "bos": bos is not None}
     if as_json:
         line = {**facts, **dataclasses.asdict(found.torch), "engine": _engine_facts(found), "notes": notes}

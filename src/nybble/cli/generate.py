@@ -83,6 +83,8 @@ class Writer:
         except FileFormatError:
             raise
         except InputError as error:  # the folder as such was checked: it is the engine that does not know this model
+            if "--runtime torch" in str(error):  # it says so itself
+                raise
             raise InputError(f"{error}; --runtime torch tries it with transformers") from error
         self.load_seconds = time.perf_counter() - start
 

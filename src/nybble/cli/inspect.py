@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nybble.cli import console
+
+if TYPE_CHECKING:
+    from nybble.formats.activations import Activations
 
 NAME = "inspect"
 HELP = """Show the tensors, formats, bits and provenance of a model folder or safetensors file.
@@ -29,7 +32,7 @@ def run(
         typer.echo(json.dumps(facts, indent=1))
         return
     rows = [
-        [t["name"], t["format"], " x ".join(map(str, t["shape"])), f"{t['bits_per_weight']:.3f}", f"{t['bytes']:,}"]
+        [t["name"], _with_scheme(t), " x ".join(map(str, t["shape"])), f"{t['bits_per_weight']:.3f}", f"{t['bytes']:,}"]
         for t in facts["tensors"]
     ]
     console.print_table(["tensor", "format", "shape", "bits/weight", "bytes"], rows, left=2)
@@ -47,6 +50,7 @@ def _inspect(path: Path) -> dict[str, Any]:
     from nybble.models.checkpoint import open_checkpoint
 
     packed: dict[str, tuple[str, tuple[int, int]]] = {}
+    schemes: dict[str, Activations] = {}
     provenance: dict[str, Any] = {}
     folder = path.parent if path.name == "model.safetensors" else path
     if path.is_dir() or (path.name == "model.safetensors" and is_native(folder)):
@@ -55,14 +59,18 @@ def _inspect(path: Path) -> dict[str, Any]:
         kind = f"{checkpoint.config.get('model_type')} model"
         if is_native(folder):
             native = open_native(folder)
-            packed, provenance, kind = native.packed, native.provenance, f"{kind}, packed by nybble"
+            packed, schemes, provenance = native.packed, native.schemes, native.provenance
+            kind = f"{kind}, packed by nybble"
     else:
         files, kind = [SafetensorsFile(path)], "safetensors file"
     parts = {f"{name}.{suffix}" for name, (spec, shape) in packed.items() for suffix in parse_format(spec).storage(shape)}
+    parts |= {f"{name}.{suffix}" for name, scheme in schemes.items() for suffix in scheme.stored()}
     tensors = []
     for name, (spec, shape) in packed.items():
         fmt = parse_format(spec)
-        tensors.append(_row(name, spec, shape, fmt.stored_bits(shape) // 8))
+        scheme = schemes.get(name)
+        tensors.append(_row(name, spec, shape, (fmt.stored_bits(shape) + (scheme.bits if scheme else 0)) // 8))
+        tensors[-1]["activations"] = str(scheme) if scheme else None
     for file in files:
         provenance = provenance or _json(file.metadata.get("nybble"))
         tensors += [_row(n, e.dtype, e.shape, e.bytes) for n, e in file.entries.items() if n not in parts]
@@ -84,6 +92,11 @@ def _row(name: str, spec: str, shape: tuple[int, ...], size: int) -> dict[str, A
         weights *= n
     bits = 8 * size / max(1, weights)
     return {"name": name, "format": spec, "shape": list(shape), "weights": weights, "bytes": size, "bits_per_weight": bits}
+
+
+def _with_scheme(tensor: dict[str, Any]) -> str:
+    scheme = tensor.get("activations")
+    return f"{tensor['format']}, {scheme} activations" if scheme else str(tensor["format"])
 
 
 def _json(text: str | None) -> dict[str, Any]:

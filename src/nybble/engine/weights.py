@@ -21,6 +21,8 @@ from nybble.files.safetensors import SafetensorsFile
 from nybble.formats import Format, parse_format
 from nybble.models.checkpoint import Checkpoint
 
+COMPUTED = ("dynamic",)
+"""Schemes of activations that the engine takes."""
 KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
@@ -32,6 +34,7 @@ class Weights:
         self.native: NativeFile | None = None
         if "quantization_config" in checkpoint.config:
             self.native = open_native(checkpoint.folder)
+            _check_schemes(self.native, checkpoint.folder)
             self.files: Mapping[str, SafetensorsFile] = dict.fromkeys(self.native.file.entries, self.native.file)
         else:
             opened = [SafetensorsFile(file) for file in checkpoint.files]
@@ -113,6 +116,17 @@ class Weights:
         scale, offset = fmt.kernel_grid(stored)
         levels = np.ascontiguousarray(fmt.levels)
         return kernels.lay(codes, shape[1], fmt.bits, levels, fmt.block(shape[1]), scale, offset, drop=True, threads=threads)
+
+
+def _check_schemes(native: NativeFile, folder: Path) -> None:
+    """The engine rounds activations in its own way, a scale for each token and 64 columns, or not at all: finer than `dynamic`
+    asks for. Another scheme is another model. Raises InputError for one."""
+    for name, scheme in native.schemes.items():
+        if scheme.scheme not in COMPUTED:
+            raise InputError(
+                f"{folder}: {name} is made for {scheme.scheme} activations, which the engine does not compute; torch does "
+                "(nybble eval, nybble generate --runtime torch)"
+            )
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:

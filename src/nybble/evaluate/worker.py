@@ -82,7 +82,7 @@ def quality(job: Job) -> None:
         observer = LayerObserver(plan, model_limit, layer_limits)
         folder = Path(job.work) / f"variant-{i}"
         seconds = _make_variant(model, plan, calibration, Path(job.folder), observer, folder)
-        scored = _score_folder(folder, windows, cache) if windows is not None else None
+        scored, note = _score_folder(folder, windows, cache) if windows is not None else (None, None)
         emit(
             "variant",
             folder=str(folder),
@@ -92,7 +92,7 @@ def quality(job: Job) -> None:
             bpw=plan.bpw,
             file_bytes=(folder / "model.safetensors").stat().st_size,
             quantize_seconds=seconds,
-            notes=list(plan.notes) + ([scored.note] if scored and scored.note else []),
+            notes=list(plan.notes) + ([scored.note] if scored and scored.note else []) + ([note] if note else []),
             quality=None if scored is None else dataclasses.asdict(scored),
             layers=[dataclasses.asdict(layer) for layer in observer.layers],
             model_histogram_limit=model_limit,
@@ -127,16 +127,21 @@ def _make_variant(model: Any, plan: Any, calibration: Any, source: Path, observe
 
 
 def _score_folder(folder: Path, windows: Any, cache: Any) -> Any:
-    """Quality of a saved variant, loaded again from its file."""
+    """Quality of a saved variant, loaded again from its file, and what is to be said of its activations."""
     from nybble.evaluate.quality import evaluate
+    from nybble.models.inputs import count_outliers, outlier_note
     from nybble.run import load
 
     def report(done: int, total: int) -> None:
         emit("progress", what="perplexity", done=done, total=total)
 
-    scored = evaluate(load(folder).model(), windows, cache, progress=report)
+    model = load(folder).model()
+    outliers = count_outliers(model)
+    scored = evaluate(model, windows, cache, progress=report)
+    del model
+    note = outlier_note(outliers())
     gc.collect()
-    return scored
+    return scored, note
 
 
 def measure(job: Job, folder: Path) -> None:

@@ -7,6 +7,8 @@ everything that stays in float stands under its own name. A weight is [out, in],
 
     "quantization_config": {"quant_method": "nybble", "container": 1, "tensors": {NAME: {"format": SPEC, "shape": [N, K]}}}
 
+where a weight whose inputs are rounded at run time also has `"activations": {"scheme": SCHEME, ...}` (see
+formats/activations.py), and a static grid the tensors `NAME.inputs.scale` and `NAME.inputs.zero`;
 and the safetensors metadata the provenance: which source, plan, method and versions made the file.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from nybble.errors import FileFormatError, InputError, UsageError
 from nybble.files.safetensors import SafetensorsFile, write
 from nybble.formats import QTensor, parse_format
+from nybble.formats.activations import Activations, parse_entry
 
 CONTAINER = 1
 WEIGHTS = "model.safetensors"
@@ -41,6 +44,8 @@ class NativeFile:
     provenance: dict[str, Any]
     packed: dict[str, tuple[str, tuple[int, int]]]
     """Name -> (format spec, shape)."""
+    schemes: dict[str, Activations] = field(default_factory=dict)
+    """Name -> what becomes of the inputs it multiplies; absent: they stay floats."""
 
     def read(self, name: str) -> QTensor:
         """The packed tensor of this name. Raises FileFormatError when its arrays do not fit its format."""
@@ -48,7 +53,7 @@ class NativeFile:
         fmt = parse_format(spec)
         try:
             stored = {suffix: self.file.read(f"{name}.{suffix}").copy() for suffix in fmt.storage(shape)}
-            return QTensor.from_stored(fmt, stored, shape)
+            return QTensor.from_stored(fmt, stored, shape, self.schemes.get(name))
         except (ValueError, InputError) as error:
             raise FileFormatError(f"{self.file.path}: tensor {name!r}: {error}") from error
 
@@ -64,7 +69,8 @@ def write_native(
     arrays: dict[str, NDArray[Any]] = {}
     tags: dict[str, str] = {}
     for name, tensor in tensors.items():
-        for suffix, array in tensor.stored().items():
+        inputs = tensor.activations.stored() if tensor.activations else {}
+        for suffix, array in (*tensor.stored().items(), *inputs.items()):
             arrays[f"{name}.{suffix}"] = array
         if str(tensor.format) == "bf16":
             tags[f"{name}.values"] = "BF16"
@@ -75,7 +81,11 @@ def write_native(
 
 def config_entry(tensors: Mapping[str, QTensor]) -> dict[str, Any]:
     """`quantization_config` for config.json."""
-    packed = {name: {"format": str(t.format), "shape": list(t.shape)} for name, t in tensors.items()}
+    packed: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        packed[name] = {"format": str(tensor.format), "shape": list(tensor.shape)}
+        if tensor.activations is not None:
+            packed[name]["activations"] = tensor.activations.entry()
     return {"quant_method": "nybble", "container": CONTAINER, "tensors": packed}
 
 
@@ -104,6 +114,22 @@ def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]
     return packed
 
 
+def read_schemes(entry: Mapping[str, Any]) -> dict[str, Activations]:
+    """Name -> scheme of the inputs, for the tensors of a `quantization_config` (one that `read_entry` took) that have one;
+    a static grid's numbers are not known yet. Raises FileFormatError for a scheme that this nybble does not know: computing
+    without it would be another model."""
+    schemes = {}
+    for name, item in entry["tensors"].items():
+        if item.get("activations") is not None:
+            try:
+                schemes[name] = parse_entry(item["activations"])
+                if not parse_format(item["format"]).is_integer:
+                    raise ValueError(f"activations {schemes[name].scheme} need an integer format, {item['format']} is none")
+            except ValueError as error:
+                raise FileFormatError(f"quantization_config of tensor {name!r}: {error}") from error
+    return schemes
+
+
 def is_native(folder: Path) -> bool:
     """Whether a folder says of itself that it is this container."""
     try:
@@ -128,17 +154,23 @@ def open_native(folder: str | Path) -> NativeFile:
         raise FileFormatError(f"{folder} is not quantized: its config.json has no quantization_config")
     file = SafetensorsFile(folder / WEIGHTS)
     try:
-        packed = read_entry(entry)
+        packed, schemes = read_entry(entry), read_schemes(entry)
     except FileFormatError as error:
         raise FileFormatError(f"{folder / 'config.json'}: {error}") from error
     for name, (spec, shape) in packed.items():
-        for suffix in parse_format(spec).storage(shape):
+        inputs = schemes[name].stored() if name in schemes else {}
+        for suffix in (*parse_format(spec).storage(shape), *inputs):
             if f"{name}.{suffix}" not in file.entries:
                 raise FileFormatError(f"{file.path} lacks tensor {f'{name}.{suffix}'!r}, which config.json names")
+    for name, scheme in schemes.items():
+        try:
+            schemes[name] = scheme.with_stored({suffix: file.read(f"{name}.{suffix}") for suffix in scheme.stored()})
+        except ValueError as error:
+            raise FileFormatError(f"{file.path}: tensor {name!r}: {error}") from error
     try:
         provenance = json.loads(file.metadata.get(PROVENANCE, "{}"))
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{file.path}: its provenance is not JSON: {error}") from error
     if not isinstance(provenance, dict):
         raise FileFormatError(f"{file.path}: its provenance is {type(provenance).__name__}, not a map")
-    return NativeFile(file, provenance, packed)
+    return NativeFile(file, provenance, packed, schemes)

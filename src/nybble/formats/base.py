@@ -52,6 +52,8 @@ class Format(ABC):
     """`tensor`, `channel` (one block a row), or the number of columns of a block."""
     is_cast: bool = False
     """A floating format: no params, codes are the bit patterns of the floats."""
+    is_integer: bool = False
+    """Codes are whole numbers, which can be multiplied with whole numbers: what rounded activations need."""
 
     @property
     @abstractmethod

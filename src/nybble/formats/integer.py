@@ -13,6 +13,7 @@ Bound: |w - value| <= scale / 2 (1 + 2^(bits - 23)), the second term for the flo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,7 @@ class Integer(PackedFormat):
     bits: int
     granularity: Granularity
     asymmetric: bool = False
+    is_integer: ClassVar[bool] = True  # type: ignore[misc]  # of the class, not one of its fields
 
     @property
     def name(self) -> str:  # type: ignore[override]  # derived from bits here

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from nybble.formats.activations import Activations
 from nybble.formats.base import Codes, Float32, Format, Params
 
 
@@ -21,6 +22,8 @@ class QTensor:
     format: Format
     codes: Codes
     params: Params
+    activations: Activations | None = None
+    """What becomes of the inputs that this weight multiplies; None: they stay floats."""
 
     def __post_init__(self) -> None:
         if self.codes.ndim != 2:
@@ -45,8 +48,16 @@ class QTensor:
         return self.format.to_storage(self.codes, self.params)
 
     @classmethod
-    def from_stored(cls, fmt: Format, stored: dict[str, NDArray[np.generic]], shape: tuple[int, int]) -> QTensor:
-        """Inverse of `stored`. Raises ValueError when arrays do not have the dtype and shape that the format states."""
+    def from_stored(
+        cls,
+        fmt: Format,
+        stored: dict[str, NDArray[np.generic]],
+        shape: tuple[int, int],
+        activations: Activations | None = None,
+    ) -> QTensor:
+        """Inverse of `stored`; `activations` comes from beside it.
+
+        Raises ValueError when arrays do not have the dtype and shape that the format states."""
         expected = fmt.storage(shape)
         if set(stored) != set(expected):
             raise ValueError(f"{fmt} of shape {shape} stores {sorted(expected)}, got {sorted(stored)}")
@@ -54,4 +65,4 @@ class QTensor:
             if stored[name].dtype != np.dtype(dtype) or stored[name].shape != size:
                 raise ValueError(f"{name} is {stored[name].dtype} {stored[name].shape}, {fmt} needs {dtype} {size}")
         codes, params = fmt.from_storage(stored, shape)
-        return cls(fmt, codes, params)
+        return cls(fmt, codes, params, activations)

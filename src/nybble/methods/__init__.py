@@ -69,6 +69,8 @@ def parse_method(spec: str) -> Method:
             raise UsageError(f"method {name!r}: {settings.edit} and {own.edit} fold scales into the same places; use one of them")
         fields = [field.name for field in dataclasses.fields(Settings)]
         changed = {key: getattr(own, key) for key in fields if getattr(own, key) != getattr(PLAIN, key)}
+        if settings.activations != "float" and "activations" in changed:
+            raise UsageError(f"method {spec!r}: {settings.activations} and {own.activations} activations exclude each other")
         settings = dataclasses.replace(settings, **changed)
         aliases.update(getattr(module, "ALIASES", {}))
     for option in options:

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.errors import UsageError
-from nybble.files.native import read_entry
+from nybble.files.native import read_entry, read_schemes
 from nybble.models.replace import replace_weights, tie_parameters
 
 METHOD = "nybble"
@@ -44,11 +44,12 @@ class NybbleQuantizer(HfQuantizer):
         return dtype or torch.float32
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        packed = read_entry(self.quantization_config.to_dict())
+        entry = self.quantization_config.to_dict()
+        packed, schemes = read_entry(entry), read_schemes(entry)
         tie_parameters(model)  # transformers ties after loading, with what it then no longer finds
         dtype = getattr(model, "dtype", torch.float32)
         with torch.device("meta"):
-            replace_weights(model, dict(packed), dtype if dtype.is_floating_point else torch.float32)
+            replace_weights(model, dict(packed), dtype if dtype.is_floating_point else torch.float32, schemes)
 
     def is_serializable(self) -> bool:
         return True

@@ -24,7 +24,9 @@ from torch.nn import functional as F
 
 from nybble import kernels
 from nybble.formats import Format, QTensor, parse_format
+from nybble.formats.activations import Activations
 from nybble.models import custom_op
+from nybble.models.inputs import InputRounding
 from nybble.models.mapped import give_back
 
 SHARED_PRODUCT = 1 << 23
@@ -48,9 +50,9 @@ class PackedWeight(nn.Module):
     compute_dtype = torch.float32
     """Of the float weight that a caller sees who reads this as a tensor."""
     exact = True
-    """Products with float activations; False: with activations rounded to int8 (`set_activations`)."""
+    """Products with float activations; False: with activations rounded to int8 (`set_activations`). A scheme comes first."""
 
-    def __init__(self, spec: str | Format, shape: tuple[int, int]) -> None:
+    def __init__(self, spec: str | Format, shape: tuple[int, int], activations: Activations | None = None) -> None:
         super().__init__()
         self._laid: kernels.Laid | None = None
         self._offset_dtype: np.dtype[Any] | None = None  # of the offsets in the kernel layout
@@ -58,15 +60,21 @@ class PackedWeight(nn.Module):
         self.shape = torch.Size(shape)
         for suffix, (dtype, size) in self.format.storage(shape).items():
             self.register_buffer(suffix, torch.empty(size, dtype=self._torch_dtype(dtype)))
+        self.inputs: InputRounding | None = None
+        self.round_inputs(activations)
         self.number = custom_op.register(self)
+
+    def round_inputs(self, activations: Activations | None) -> None:
+        """From now on multiply inputs as a scheme says; None: as they come."""
+        self.inputs = None if activations is None else InputRounding(activations)
 
     def _torch_dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16 if str(self.format) == "bf16" else getattr(torch, name)
 
     @classmethod
     def from_qtensor(cls, tensor: QTensor) -> PackedWeight:
-        """Packed on the CPU from codes and params."""
-        packed = cls(tensor.format, tensor.shape)
+        """Packed on the CPU from codes, params and scheme."""
+        packed = cls(tensor.format, tensor.shape, tensor.activations)
         for suffix, array in tensor.stored().items():
             array = np.ascontiguousarray(array)
             if str(tensor.format) == "bf16":
@@ -76,8 +84,9 @@ class PackedWeight(nn.Module):
         return packed
 
     def to_qtensor(self) -> QTensor:
-        """Codes and params again, equal to those it was made from."""
-        return QTensor.from_stored(self.format, self._arrays(), (self.shape[0], self.shape[1]))
+        """Codes, params and scheme again, equal to those it was made from."""
+        scheme = None if self.inputs is None else self.inputs.activations()
+        return QTensor.from_stored(self.format, self._arrays(), (self.shape[0], self.shape[1]), scheme)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,6 +207,8 @@ class PackedWeight(nn.Module):
             if value is not None:
                 moved = fn(value)
                 self._buffers[name] = moved if moved.dtype == value.dtype else value.to(moved.device)
+        if self.inputs is not None:
+            self.inputs._apply(fn)
         return self
 
     # What it computes
@@ -254,9 +265,16 @@ class PackedWeight(nn.Module):
         0.5, 1.8, 6.6, 56. Decoding won only where one row on two threads waited for the other, busy core: 0.32 against 0.18
         for [2304, 768], which one thread did in 0.11.)
         """
-        rows, columns = self.shape
+        columns = self.shape[1]
         if x.shape[-1] != columns:
             raise ValueError(f"activations have {x.shape[-1]} columns, the weight is {tuple(self.shape)}")
+        if self.inputs is not None:
+            return self.inputs.product(x, lambda values: self._multiply(values, True))
+        return self._multiply(x, exact)
+
+    def _multiply(self, x: Tensor, exact: bool) -> Tensor:
+        """`product` of x as it is."""
+        rows, columns = self.shape
         if not (x.dtype in FLOATS and x.device.type == "cpu" and self.device.type == "cpu" and x.numel() and rows):
             return F.linear(x, self.decode(x.dtype))
         laid = self._laid or self._lay()
@@ -267,7 +285,7 @@ class PackedWeight(nn.Module):
         return y.to(x.dtype)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
-        """gradient [..., N] times the decoded weight: [..., K]."""
+        """gradient [..., N] times the decoded weight: [..., K]. It passes through the rounding of inputs unchanged."""
         return gradient @ self.decode(gradient.dtype)
 
     def embedding(self, ids: Tensor) -> Tensor:

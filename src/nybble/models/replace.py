@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import FileFormatError
 from nybble.formats import QTensor
+from nybble.formats.activations import Activations
 from nybble.models.describe import sites
 from nybble.models.packed import PackedWeight, put_packed
 
@@ -18,8 +19,10 @@ def replace_weights(
     model: nn.Module,
     packed: Mapping[str, QTensor | tuple[str, tuple[int, int]]],
     compute_dtype: torch.dtype = torch.float32,
+    schemes: Mapping[str, Activations] | None = None,
 ) -> None:
-    """Replace the named weights, in place: by the QTensors given, or by empty ones of (format spec, shape).
+    """Replace the named weights, in place: by the QTensors given, or by empty ones of (format spec, shape), which round their
+    inputs as `schemes` says.
 
     Tied weights stay one tensor: every module that used the float weight uses the packed one.
     Raises FileFormatError for a name that the model lacks or a shape that is not the model's.
@@ -34,7 +37,10 @@ def replace_weights(
         shape = value.shape if isinstance(value, QTensor) else value[1]
         if tuple(shape) != expected:
             raise FileFormatError(f"packed tensor {name!r} has shape {tuple(shape)}, the model needs {expected}")
-        weight = PackedWeight.from_qtensor(value) if isinstance(value, QTensor) else PackedWeight(*value)
+        if isinstance(value, QTensor):
+            weight = PackedWeight.from_qtensor(value)
+        else:
+            weight = PackedWeight(*value, (schemes or {}).get(name))
         put_packed(owner, weight, owner=True, compute_dtype=compute_dtype)
         for module in others:
             put_packed(module, weight, owner=False, compute_dtype=compute_dtype)

@@ -52,6 +52,15 @@ class Settings:
     """How much a scale can change in one such step, as a share of itself."""
     seed: int = 0
     """Of the draws and of the order of windows in tuning."""
+    activations: Literal["float", "dynamic", "static", "outliers"] = "float"
+    """What becomes of the inputs of linear layers inside the blocks when the model runs: nothing; int8 with a scale for each
+    token; 8 bits on one calibrated grid; or int8 for each token, large elements apart. Embeddings and the head: nothing."""
+    observer: Literal["minmax", "percentile", "mse", "entropy"] = "mse"
+    """How a static grid's range is found (see `observe`)."""
+    lopsided: bool = True
+    """A static grid reaches only as far below zero as the inputs do (or above it)."""
+    threshold: float = 6.0
+    """Magnitude from which an element stays a float, with `activations=outliers`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.smooth <= 1:
@@ -70,7 +79,7 @@ class Settings:
     @property
     def calibrated(self) -> bool:
         """Whether any step reads calibration text."""
-        return self.blockwise or self.importance
+        return self.blockwise or self.importance or self.activations == "static"
 
     @property
     def float_stream(self) -> bool:
