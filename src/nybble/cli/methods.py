@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 from typing import Annotated
 
 import typer
@@ -41,9 +42,12 @@ def run(
     for part in chosen[0].name.split("+"):
         typer.echo(f"{part}: {describe_method(part)}")
     typer.echo("")
-    rows = []
+    head = max(len(f"{field}={getattr(settings, field)}") for field in explain()) + 2
     for field, text in explain().items():
         value = getattr(settings, field)
-        rows.append([field, str(value), "" if value == getattr(PLAIN, field) else "*", " ".join(text.split())])
-    console.print_table(["setting", "value", "", "what it is"], rows, left=4)
+        mark = " " if value == getattr(PLAIN, field) else "*"
+        first, *rest = textwrap.wrap(text, max(30, console.width() - head - 3))
+        typer.echo(f"{mark} {f'{field}={value}':<{head}}{first}")
+        for line in rest:
+            typer.echo(" " * (head + 2) + line)
     typer.echo("\n* differs from plain rounding to nearest")

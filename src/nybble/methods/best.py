@@ -1,5 +1,7 @@
-"""The best we know at every size: searched scales, feedback, targets for the inputs that the quantized model really has,
-refinement of codes, scales and offsets, then scales tuned against the float model's predictions.
+"""The best we know at every size: all that paid in our experiments, one after the other.
+
+Searched scales, feedback, targets for the inputs that the quantized model really has, refinement of codes, scales and
+offsets, then tuning against the float model's predictions.
 
 Every step can be turned off or changed (`best:tune=0`, `best:refine=1`); docs/methods.md has what each one gains.
 """

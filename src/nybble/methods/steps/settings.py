@@ -91,14 +91,14 @@ PLAIN = Settings()
 
 
 def explain() -> dict[str, str]:
-    """Every setting and what it is, in order: the texts under the fields of `Settings`."""
+    """Every setting and what it is, in order, on one line each: the texts under the fields of `Settings`."""
     body = ast.parse(inspect.getsource(Settings)).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
     for field, text in itertools.pairwise(body.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
             assert isinstance(field.target, ast.Name)
-            found[field.target.id] = str(text.value.value)
+            found[field.target.id] = " ".join(str(text.value.value).split())
     return found
 
 
