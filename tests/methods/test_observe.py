@@ -183,5 +183,5 @@ def test_inputs_of_layers(tiny: Callable[..., Any]) -> None:
     assert not layer._forward_pre_hooks
     layer_norm = model.transformer.h[1].ln_2
     layer_norm.weight.data[3] = float("nan")
-    with pytest.raises(NumericError, match="^x: inputs are not finite"):
+    with pytest.raises(NumericError, match=r"^x: inputs are not finite"):
         input_histograms(model, {"x": layer}, windows)
