@@ -147,7 +147,7 @@ def test_activations_are_for_weights_inside_the_blocks() -> None:
 
 
 def test_activations_need_integers() -> None:
-    with pytest.raises(UsageError, match="^method gptq[+]dynamic multiplies integers: nf4:g64 has none; use int8:channel$"):
+    with pytest.raises(UsageError, match=r"^method gptq[+]dynamic multiplies integers: nf4:g64 has none; use int8:channel$"):
         make_plan(TENSORS, Recipe("int8", "gptq+dynamic", rules=(("up", "nf4:g64"),)))
     rows = make_plan(TENSORS, Recipe("int8", "dynamic", rules=(("up", "fp16"), ("wte", "nf4:g64")))).rows
     assert [row.activations for row in rows] == [None, None, None, "dynamic", None]
