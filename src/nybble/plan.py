@@ -97,7 +97,7 @@ class Plan:
             )
         rounded = [row for row in self.packed if row.activations]
         if rounded:
-            notes.append(f"{rounded[0].activations} activations in {len(rounded)} weights; inputs of tables and head stay floats")
+            notes.append(f"activations {rounded[0].activations} for {len(rounded)} weights; those of the head stay floats")
         kept = [row for row in self.rows if row.format is None and row.tensor.kind != "float"]
         if kept:
             notes.append(f"kept in float: {', '.join(row.tensor.name for row in kept)}")
@@ -145,7 +145,7 @@ def _decide(tensor: TensorInfo, recipe: Recipe) -> PlanRow:
     ]
     scheme = _scheme(tensor, fmt, recipe)
     if scheme is not None:
-        notes.append(f"{scheme} activations")
+        notes.append(f"activations {scheme}")
     method = "cast" if fmt.is_cast else recipe.method
     bits = fmt.stored_bits(shape) + (Activations(scheme).bits if scheme else 0)
     return PlanRow(tensor, str(fmt), method, bits, "; ".join(n for n in notes if n), scheme)

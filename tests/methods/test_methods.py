@@ -127,3 +127,16 @@ def test_weights_that_are_not_finite(method: str, spec: str) -> None:
     weight[3, 5] = np.nan
     with pytest.raises(NumericError, match="1 of 4096 weights are not finite, the first is nan at row 3, column 5"):
         parse_method(method).quantize(weight, parse_format(spec), None)
+
+
+def test_activations_add_up_with_other_methods() -> None:
+    settings = parse_method("gptq+static:observer=minmax:damp=0.1").settings
+    assert (settings.feedback, settings.activations, settings.observer, settings.damp) == (True, "static", "minmax", 0.1)
+    assert parse_method("dynamic+gptq").settings == parse_method("gptq+dynamic").settings
+    assert parse_method("llm_int8:threshold=4").settings.threshold == 4
+    assert parse_method("static").uses_calibration
+    assert parse_method("static").settings.calibrated
+    assert not parse_method("dynamic").uses_calibration
+    assert not parse_method("llm_int8").settings.blockwise
+    with pytest.raises(UsageError, match="dynamic and outliers activations exclude each other"):
+        parse_method("dynamic+llm_int8")

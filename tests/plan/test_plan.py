@@ -133,3 +133,21 @@ def tiny_model(folder: Path) -> Any:
     from nybble.models.loading import load_model
 
     return load_model(folder)
+
+
+def test_activations_are_for_weights_inside_the_blocks() -> None:
+    plan = make_plan(TENSORS, Recipe("int8:channel", "static", keep=("down",)))
+    assert [row.activations for row in plan.rows] == [None, None, "static", None, None]
+    assert plan.rows[2].bits == 8 * 128 * (172 + 4) + 32 + 8  # a float32 scale and a zero point of one byte
+    assert plan.rows[2].reason == "linear weight; activations static"
+    assert "activations static for 1 weights; those of the head stay floats" in plan.notes
+    assert plan.hash != make_plan(TENSORS, Recipe("int8:channel", "dynamic", keep=("down",))).hash
+    head = TensorInfo("lm_head.weight", (), "linear", (96, 172), "F16", None, "head", "")
+    assert [row.activations for row in make_plan((*TENSORS, head), Recipe("int8", "dynamic")).rows][-1] is None
+
+
+def test_activations_need_integers() -> None:
+    with pytest.raises(UsageError, match=r"^method gptq[+]dynamic multiplies integers: nf4:g64 has none; use int8:channel$"):
+        make_plan(TENSORS, Recipe("int8", "gptq+dynamic", rules=(("up", "nf4:g64"),)))
+    rows = make_plan(TENSORS, Recipe("int8", "dynamic", rules=(("up", "fp16"), ("wte", "nf4:g64")))).rows
+    assert [row.activations for row in rows] == [None, None, None, "dynamic", None]

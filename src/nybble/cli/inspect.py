@@ -96,7 +96,7 @@ def _row(name: str, spec: str, shape: tuple[int, ...], size: int) -> dict[str, A
 
 def _with_scheme(tensor: dict[str, Any]) -> str:
     scheme = tensor.get("activations")
-    return f"{tensor['format']}, {scheme} activations" if scheme else str(tensor["format"])
+    return f"{tensor['format']}, activations {scheme}" if scheme else str(tensor["format"])
 
 
 def _json(text: str | None) -> dict[str, Any]:

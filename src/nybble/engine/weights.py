@@ -124,8 +124,8 @@ def _check_schemes(native: NativeFile, folder: Path) -> None:
     for name, scheme in native.schemes.items():
         if scheme.scheme not in COMPUTED:
             raise InputError(
-                f"{folder}: {name} is made for {scheme.scheme} activations, which the engine does not compute; torch does "
-                "(nybble eval, nybble generate --runtime torch)"
+                f"{folder}: {name} is made for activations of scheme {scheme.scheme}, which the engine does not compute; "
+                "torch does (nybble eval, nybble generate --runtime torch)"
             )
 
 
