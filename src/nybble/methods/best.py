@@ -6,4 +6,4 @@ Every step can be turned off or changed (`best:tune=0`, `best:refine=1`); docs/m
 
 from nybble.methods.steps.settings import Settings
 
-SETTINGS = Settings(feedback=True, scales="search", target=1.0, refine=3, tune=300, taper=True, travel=0.006, gain=0.005)
+SETTINGS = Settings(feedback=True, scales="search", target=1.0, refine=3, tune=300, taper=True)

@@ -6,4 +6,4 @@ the paper takes block after block and its outputs.
 
 from nybble.methods.steps.settings import Settings
 
-SETTINGS = Settings(scales="search", tune=300, travel=0.006, gain=0.005)
+SETTINGS = Settings(scales="search", tune=300)

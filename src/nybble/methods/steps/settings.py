@@ -44,8 +44,8 @@ class Settings:
     travel: float = 0.006
     """About how far a code's position moves in the first such step, in levels; later ones less and less, to none. 0: codes
     stay."""
-    gain: float = 0.003
-    """The same for a scale, as a share of itself."""
+    gain: float = 0.0075
+    """The same for the outermost levels when their scale changes."""
     seed: int = 0
     """Of the draws and of the order of windows in tuning."""
 
@@ -65,8 +65,8 @@ class Settings:
         return self.blockwise or self.importance
 
     def steps_of_tuning(self, bits: int) -> int:
-        """Steps of tuning for codes of so many bits. From 5 bits on, the KL that is left is the rounding error's own: steps
-        cost as much as at 2 bits and gain next to nothing."""
+        """Steps of tuning for codes of so many bits. A step costs the same at every size, and what it can gain shrinks with
+        the error: a fourth with each bit."""
         if not self.taper or bits <= 3:
             return self.tune
         return self.tune // 4 if bits == 4 else 0

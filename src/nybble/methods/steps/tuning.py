@@ -81,15 +81,16 @@ class Latent:
         return self._levels().mul_(self._wide(self._stored_scale()))
 
     def step(self, slope: Tensor, travel: float, gain: float, count: int) -> None:
-        """Move down a slope, float32 [N, K]: positions by about `travel`, logarithms of scales by about `gain`. `count` is
-        the number of this step, from 1."""
+        """Move down a slope, float32 [N, K]: positions by about `travel`, the outermost levels by their scale by about
+        `gain`, both in levels. `count` is the number of this step, from 1."""
         wide = self._wide(self._stored_scale())
         along = self._by_block(slope * self._levels() * wide) if gain > 0 else None
         if travel > 0:
             self.positions -= self._of_positions.move(slope * wide * self.gaps[self._ranks()], count).mul_(travel)
             self.positions.clamp_(-0.49, len(self.levels) - 0.51)
         if along is not None:
-            self.gain -= self._of_scale.move(along, count).mul_(gain)
+            # half the range is (levels - 1) / 2 steps: more bits, smaller shares of a scale, as errors are smaller too
+            self.gain -= self._of_scale.move(along, count).mul_(2 * gain / (len(self.levels) - 1))
 
     def _ranks(self) -> Tensor:
         return self.positions.round().long()
