@@ -32,6 +32,7 @@ from nybble.formats import Format, QTensor
 from nybble.methods.steps.choose import Account, choose
 from nybble.methods.steps.settings import Settings
 from nybble.methods.steps.tuning import Latent, tune
+from nybble.methods.steps.wanted import wanted
 
 CHUNK = 4
 """Windows whose moments are summed on one thread before they are added to the others'."""
@@ -58,6 +59,9 @@ class Walk:
     accounts: dict[str, Account] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)
     """What was changed in the float model before the walk."""
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """Of tuning: (step, KL on the windows held back)."""
+    _latents: dict[str, Latent] = field(default_factory=dict)
 
     def run(self) -> None:
         """Fill `tensors`, `accounts`, `edits`. Raises NumericError naming the weight, InputError where a model has no blocks."""
@@ -65,16 +69,16 @@ class Walk:
             parameter.requires_grad_(False)
         if self.settings.edit != "none":  # from here on the edited float model is the float model
             self.edits = edit_blocks(self.model, self.formats, self.settings, self.windows, self.workers, self._report)
-        floats: dict[str, NDArray[np.float32]] = {}
-        predictions = None
-        if self.settings.tune:
-            floats = {name: float_weight(self.layers[name]) for name in self.formats}
-            predictions = Predictions(self.model, self.windows, self.workers)
+        predictions = Predictions(self.model, self.windows, self.workers) if self._steps_of_tuning() else None
         self._counts = self._token_weights() if self.settings.fisher else {}
         self._blocks()
         self._others()
         if predictions is not None:
-            self._tune(predictions, floats)
+            self._tune(predictions)
+
+    def _steps_of_tuning(self) -> int:
+        """Those that the format with the fewest bits needs."""
+        return max((self.settings.steps_of_tuning(fmt.bits) for fmt in self.formats.values()), default=0)
 
     def _token_weights(self) -> dict[str, list[Tensor]]:
         modules = {name: module for name, module in self.layers.items() if not isinstance(module, nn.Embedding)}
@@ -174,18 +178,19 @@ class Walk:
 
     def _decide(self, name: str, stats: Statistics) -> None:
         layer = self.layers[name]
+        weight = float_weight(layer)
         try:
-            tensor, account = choose(float_weight(layer), self.formats[name], self.settings, stats, self.workers.each)
+            tensor, account = choose(weight, self.formats[name], self.settings, stats, self.workers.each)
         except NumericError as error:
             raise NumericError(f"{name}: {error}") from error
         self.tensors[name], self.accounts[name] = tensor, account
+        if self._steps_of_tuning():
+            self._latents[name] = Latent(tensor, wanted(tensor, torch.from_numpy(weight), self.settings, stats, account.damping))
         put_weight(layer, tensor.decode())
         self._report(name, len(self.tensors), len(self.formats))
 
-    def _tune(self, predictions: Predictions, floats: Mapping[str, NDArray[np.float32]]) -> None:
-        latents = {name: Latent.of(tensor, torch.from_numpy(floats[name])) for name, tensor in self.tensors.items()}
-        if not latents:
-            return
+    def _tune(self, predictions: Predictions) -> None:
+        latents = self._latents
         leaves: dict[str, Tensor] = {}
         for name in latents:
             parameter = self.layers[name]._parameters["weight"]
@@ -199,11 +204,22 @@ class Walk:
         def show(name: str, weight: Tensor) -> None:
             put_weight(self.layers[name], weight.numpy())
 
-        tune(latents, self.settings, len(self.windows), slope, predictions.mean_loss, show, self.workers.each, self._report)
-        for name, latent in latents.items():
+        best, self.history = tune(
+            latents,
+            self.settings,
+            self._steps_of_tuning(),
+            len(self.windows),
+            slope,
+            predictions.mean_loss,
+            show,
+            self.workers.each,
+            self._report,
+        )
+        for name, tensor in best.items():
             leaves[name].requires_grad_(False)
-            self.tensors[name] = latent.tensor()
-            put_weight(self.layers[name], self.tensors[name].decode())
+            self.tensors[name] = tensor
+            put_weight(self.layers[name], tensor.decode())
+        self._latents = {}
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress:

@@ -6,4 +6,4 @@ the paper takes block after block and its outputs.
 
 from nybble.methods.steps.settings import Settings
 
-SETTINGS = Settings(scales="search", tune=200)
+SETTINGS = Settings(scales="search", tune=300)

@@ -44,12 +44,15 @@ class Settings:
     """Rounds of refinement of codes, scales and offsets after rounding."""
     tune: int = 0
     """Steps of tuning all layers together against the float model's predictions."""
+    taper: bool = False
+    """So many steps for formats of up to 3 bits only, a quarter of them for 4, none for more."""
     batch: int = 8
     """Windows of each such step."""
-    travel: float = 0.3
-    """How far a code's position can move in all these steps, in levels."""
-    gain: float = 0.003
-    """How much a scale can change in one such step, as a share of itself."""
+    travel: float = 0.006
+    """About how far a code's position moves in the first such step, in levels; later ones less and less, to none. 0: codes
+    stay."""
+    gain: float = 0.0075
+    """The same for the outermost levels when their scale changes."""
     seed: int = 0
     """Of the draws and of the order of windows in tuning."""
     activations: Literal["float", "dynamic", "static", "outliers"] = "float"
@@ -80,6 +83,13 @@ class Settings:
     def calibrated(self) -> bool:
         """Whether any step reads calibration text."""
         return self.blockwise or self.importance or self.activations == "static"
+
+    def steps_of_tuning(self, bits: int) -> int:
+        """Steps of tuning for codes of so many bits. A step costs the same at every size, and what it can gain shrinks with
+        the error: a fourth with each bit."""
+        if not self.taper or bits <= 3:
+            return self.tune
+        return self.tune // 4 if bits == 4 else 0
 
     @property
     def float_stream(self) -> bool:
