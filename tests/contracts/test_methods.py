@@ -54,7 +54,12 @@ def test_every_format(
 ) -> None:
     model = tiny(architecture)
     expected = logits(model, ids)
+    any_levels = parse_method(name).settings.activations == "float"
     for spec in formats:
+        if not any_levels and not spec.startswith("int"):
+            with pytest.raises(UsageError, match=rf"method {name} multiplies integers: {spec} has none; use int8:channel"):
+                nybble.quantize(model, spec, name, WINDOWS)
+            continue
         quantized = nybble.quantize(model, spec, FEWER_STEPS.get(name, name), WINDOWS)
         assert {str(tensor.format) for tensor in quantized.tensors.values()} == {spec}
         got = logits(quantized.model(), ids)
