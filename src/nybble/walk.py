@@ -174,7 +174,8 @@ class Walk:
         for part in self.workers.map(chunk, range(0, count, CHUNK)):
             for key, sums in part.items():
                 total[key] = sums if key not in total else total[key].add(sums)
-        return {name: total[name if name in total else keys[0]].finish() for name in group}
+        found = {key: sums.finish() for key, sums in total.items()}
+        return {name: found[name if name in found else keys[0]] for name in group}
 
     def _decide(self, name: str, stats: Statistics) -> None:
         layer = self.layers[name]

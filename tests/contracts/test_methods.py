@@ -21,6 +21,8 @@ FORMATS = (
 )  # fmt: skip
 ARCHITECTURES = ("gpt2", "llama", "qwen3", "opt", "bert")
 WINDOWS = np.random.default_rng(0).integers(3, 97, (6, 40))
+SETTINGS_OF_GPTQ = {"gptaq", "qep", "qronos", "guided"}
+"""These differ from gptq by a number; two architectures do for every run of the tests."""
 FEWER_STEPS = {"best": "best:tune=2", "tune": "tune:tune=2"}
 
 
@@ -43,7 +45,8 @@ def cases() -> list[Any]:
     for name in method_names():
         for i, architecture in enumerate(ARCHITECTURES):
             for third in range(3):
-                mark = () if third == i % 3 else pytest.mark.slow
+                quick = third == i % 3 and (i < 2 or name not in SETTINGS_OF_GPTQ)
+                mark = () if quick else pytest.mark.slow
                 found.append(pytest.param(name, architecture, FORMATS[third::3], marks=mark, id=f"{name}-{architecture}-{third}"))
     return found
 

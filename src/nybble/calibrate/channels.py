@@ -44,9 +44,8 @@ def channels_of(inputs: Callable[[int], Tensor], windows: int, moments: bool, wo
                     sums.add_window(x, None, [None])
         return total, largest, tokens, sums
 
-    parts = list(workers.map(chunk, range(0, windows, CHUNK)))
-    total, largest, tokens, sums = parts[0]
-    for more, larger, count, others in parts[1:]:
+    total, largest, tokens, sums = torch.zeros(()).double(), torch.zeros(()).double(), 0, None
+    for more, larger, count, others in workers.map(chunk, range(0, windows, CHUNK)):
         total, largest, tokens = total + more, torch.maximum(largest, larger), tokens + count
-        sums = sums.add(others)
-    return Channels(total / max(1, tokens), largest, sums.finish().moments[0] if moments else None)
+        sums = others if sums is None else sums.add(others)
+    return Channels(total / max(1, tokens), largest, sums.finish().moments[0] if moments and sums is not None else None)

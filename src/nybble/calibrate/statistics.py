@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-HALVED = 1024
-"""From so many columns on, a symmetric product is computed by halves."""
 STEP = 512
+"""Columns whose products are computed together."""
 
 
 @dataclass
@@ -51,7 +50,7 @@ class Statistics:
 
 @dataclass
 class Sums:
-    """Moments on their way: sums over windows, float64."""
+    """Moments on their way: float32 sums over a few windows, then float64 over all of them."""
 
     moments: list[Tensor] = field(default_factory=list)
     cross: list[Tensor] = field(default_factory=list)
@@ -59,44 +58,37 @@ class Sums:
 
     def add_window(self, y: Tensor, x: Tensor | None, counts: Sequence[Tensor | None]) -> None:
         """Add one window's activations [T, K]; `counts` weighs its tokens, float32 [T], per group of rows."""
-        fresh = not self.moments
+        columns = y.shape[1]
+        if not self.moments:
+            self.moments = [y.new_zeros(columns, columns) for _ in counts]
+            self.cross = [] if x is None else [y.new_zeros(columns, columns) for _ in counts]
         for i, count in enumerate(counts):
             weighted = y if count is None else y * count[:, None]
-            moment = second_moment(y) if count is None else weighted.T @ y
-            crossed = None if x is None else x.T @ weighted
-            if fresh:
-                self.moments.append(moment.double())
-                if crossed is not None:
-                    self.cross.append(crossed.double())
-            else:
-                self.moments[i] += moment
-                if crossed is not None:
-                    self.cross[i] += crossed
+            add_product(self.moments[i], weighted, y)
+            if x is not None:
+                self.cross[i].addmm_(x.T, weighted)
         self.tokens += len(y)
 
     def add(self, other: Sums) -> Sums:
-        """These sums with others added, in place."""
-        for mine, theirs in zip([*self.moments, *self.cross], [*other.moments, *other.cross], strict=True):
-            mine += theirs
-        self.tokens += other.tokens
-        return self
+        """Sums of these and others in float64; what is float64 here already is changed in place."""
+        mine = [moment.double() for moment in [*self.moments, *self.cross]]
+        for total, more in zip(mine, [*other.moments, *other.cross], strict=True):
+            total += more
+        return Sums(mine[: len(self.moments)], mine[len(self.moments) :], self.tokens + other.tokens)
 
     def finish(self) -> Statistics:
         """Divide by the tokens. The factor 2 is that of GPTQ's Hessian."""
         factor = 2 / max(1, self.tokens)
-        moments = [(moment + moment.T) * (factor / 2) for moment in self.moments]
-        return Statistics(moments, [cross * factor for cross in self.cross] or None, self.tokens)
+        moments = []
+        for moment in self.moments:
+            upper = moment.double().triu().mul_(factor)
+            moments.append(upper.add_(upper.triu(1).T))
+        return Statistics(moments, [cross.double() * factor for cross in self.cross] or None, self.tokens)
 
 
-def second_moment(y: Tensor) -> Tensor:
-    """float32 [K, K]: y^T y for activations [T, K]; each product of two columns is computed once where that pays."""
+def add_product(total: Tensor, weighted: Tensor, y: Tensor) -> None:
+    """Add weighted^T y to a symmetric sum [K, K], float32, of which only the upper triangle need be right: strips of rows
+    from the diagonal on, so that each product of two columns is computed once."""
     columns = y.shape[1]
-    if columns < HALVED:
-        return y.T @ y
-    result = y.new_empty(columns, columns)
     for start in range(0, columns, STEP):
-        stop = min(start + STEP, columns)
-        strip = y[:, start:stop].T @ y[:, start:]
-        result[start:stop, start:] = strip
-        result[start:, start:stop] = strip.T
-    return result
+        total[start : start + STEP, start:].addmm_(weighted[:, start : start + STEP].T, y[:, start:])

@@ -20,8 +20,10 @@ from nybble.methods.steps.refinement import refine
 from nybble.methods.steps.rounding import round_with_feedback
 from nybble.methods.steps.settings import Settings
 
-SLAB_ROWS = 128
-"""Rows that are worked on together, whatever the number of threads: what a slab gives depends on nothing outside it."""
+SLAB_ROWS = (128, 1024)
+"""Rows that are worked on together: half of a group of rows, but at least and at most so many. Small slabs would spend their
+time between operations, large ones leave nothing to other threads. It must not depend on how many there are: what a slab
+gives depends on nothing outside it."""
 Each = Callable[[Callable[[int], None], Iterable[int]], None]
 """Calls a function with every index, in any order, perhaps on several threads."""
 
@@ -69,7 +71,7 @@ def choose(
     if shared is not None and not settings.target and work.after.sum() > work.before.sum():  # nothing to mix row by row
         params, work.result, work.after = fmt.fit(weight), plain, work.before
         work.fallen[:] = True
-    energy = work.energy or 1.0
+    energy = float(work.energies.sum()) or 1.0
     account = Account(float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum()))
     return QTensor(fmt, work.result.codes.numpy(), params), account
 
@@ -83,7 +85,7 @@ class _Weight:
         self.result = Chosen(plain.codes.clone(), plain.scale.clone(), None if plain.offset is None else plain.offset.clone())
         self.before, self.after = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64)
         self.fallen = torch.zeros(rows, dtype=torch.bool)
-        self.energy = 0.0
+        self.energies = torch.zeros(rows, dtype=torch.float64)
 
     def part(self, rows: slice, stats: Statistics, index: int, each: Each) -> Factor:
         """Choose for the rows of one group; they share a Hessian."""
@@ -99,11 +101,13 @@ class _Weight:
         else:
             grid = self._grid_before(target, factor, hessian)
 
-        def slab(start: int) -> None:
-            self._slab(slice(start, min(start + SLAB_ROWS, rows.stop)), rows, target, hessian, damped, factor, grid)
+        least, most = SLAB_ROWS
+        step = min(max(-(-(rows.stop - rows.start) // (2 * least)) * least, least), most)
 
-        each(slab, range(rows.start, rows.stop, SLAB_ROWS))
-        self.energy += float(loss_of(self.weight[rows], hessian).sum())
+        def slab(start: int) -> None:
+            self._slab(slice(start, min(start + step, rows.stop)), rows, target, hessian, damped, factor, grid)
+
+        each(slab, range(rows.start, rows.stop, step))
         return factor
 
     def _slab(
@@ -123,9 +127,10 @@ class _Weight:
             got = Chosen(snap(goal, wide[0], wide[1]), *mine)
         plain = self._plain(rows)
         plain_value = decode(fmt, plain, snap)
+        losses, of_plain = loss_of(decode(fmt, got, snap) - goal, hessian), loss_of(plain_value - goal, hessian)
         if self.shared is None:
-            worse = loss_of(decode(fmt, got, snap) - goal, hessian) > loss_of(plain_value - goal, hessian)
-            got = _mix(worse, plain, got)
+            worse = losses > of_plain
+            got, losses = _mix(worse, plain, got), torch.where(worse, of_plain, losses)
             self.fallen[rows] = worse
         if settings.refine:
             got = refine(goal, damped, fmt, got, settings.refine, snap)
@@ -134,8 +139,11 @@ class _Weight:
             self.result.scale[rows] = got.scale
             if self.result.offset is not None and got.offset is not None:
                 self.result.offset[rows] = got.offset
-        self.before[rows] = loss_of(plain_value - self.weight[rows], hessian)
-        self.after[rows] = loss_of(decode(fmt, got, snap) - self.weight[rows], hessian)
+        self.energies[rows] = loss_of(self.weight[rows], hessian)
+        aims_at_weight = not settings.target
+        self.before[rows] = of_plain if aims_at_weight else loss_of(plain_value - self.weight[rows], hessian)
+        known = aims_at_weight and not settings.refine
+        self.after[rows] = losses if known else loss_of(decode(fmt, got, snap) - self.weight[rows], hessian)
 
     def _plain(self, rows: slice) -> Chosen:
         return Chosen(self.plain.codes[rows], *rows_of((self.plain.scale, self.plain.offset), rows, len(self.weight)))
