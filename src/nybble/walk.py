@@ -94,8 +94,9 @@ class Walk:
     def _blocks(self) -> None:
         blocks = Blocks(self.model, self.windows)
         settings = self.settings
-        present = blocks.hidden
-        floats = [state.clone() for state in present] if settings.float_stream else present
+        floats = present = blocks.hidden
+        if settings.float_stream and settings.inputs == "quantized":
+            floats = [state.clone() for state in present]
         for index, block in enumerate(blocks.modules):
             inside = {id(module) for module in block.modules()}
             layers = {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
@@ -113,8 +114,14 @@ class Walk:
                 for name in group:
                     self._decide(name, stats[name])
             if twin is not None:
-                floats = list(self.workers.map(partial(blocks.run, index, module=twin), floats))
-            present = list(self.workers.map(partial(blocks.run, index), present)) if settings.inputs == "quantized" else floats
+                self._advance(floats, partial(blocks.run, index, module=twin))
+            if settings.inputs == "quantized":
+                self._advance(present, partial(blocks.run, index))
+
+    def _advance(self, states: list[Tensor], block: Callable[[Tensor], Tensor]) -> None:
+        """Hidden states one block on, in place: two whole streams would be the most memory that a walk takes."""
+        for w, state in enumerate(self.workers.map(block, states)):
+            states[w] = state
 
     def _others(self) -> None:
         """Weights outside the blocks, and those in blocks that no window reaches. A linear layer has the statistics of its

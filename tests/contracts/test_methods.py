@@ -76,7 +76,7 @@ def test_every_format(
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=0)  # the model given is left as it was
 
 
-@pytest.mark.parametrize("method", ["gptq", "guided", "best:tune=2"])
+@pytest.mark.parametrize("method", ["gptq", "gptq:inputs=float", "guided", "best:tune=2"])
 def test_one_thread_or_two_the_same_bytes(method: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
     def made(threads: int, name: str) -> Path:
         torch.set_num_threads(threads)

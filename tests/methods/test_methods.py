@@ -49,6 +49,7 @@ def test_names_and_specs() -> None:
         ("gptq:order=backwards", "must be one of groups, activation, natural"),
         ("gptq:feedback=1", "is a switch"),
         ("gptq:damp=1:damp=1", "an option is given twice"),
+        ("qep:inputs=float", "target makes up for changed inputs, which inputs=float does not look at"),
         ("gptq+", "unknown method ''"),
         ("__init__", "unknown method '__init__'"),
         ("../rtn", "unknown method '../rtn'"),

@@ -66,6 +66,8 @@ class Settings:
     """Magnitude from which an element stays a float, with `activations=outliers`."""
 
     def __post_init__(self) -> None:
+        if self.target and self.inputs == "float":
+            raise UsageError("target makes up for changed inputs, which inputs=float does not look at; use one of the two")
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth is the exponent of the activations' range and lies between 0 and 1, not {self.smooth:g}")
 
