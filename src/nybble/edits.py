@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from nybble.calibrate.blocks import Blocks
 from nybble.calibrate.channels import channels_of
@@ -29,6 +28,7 @@ from nybble.formats import Format
 from nybble.methods.steps.scaling import Scaled, awq_scale, smooth_scale
 from nybble.methods.steps.settings import Settings
 from nybble.models.arch import table_for
+from nybble.models.float_weights import weight_view
 from nybble.models.folding import Fold, folds
 
 TOLERANCE = 1e-3
@@ -118,7 +118,7 @@ class _Place:
             self.reason = "nothing that reads it is rounded"
         elif module._parameters.get("weight") is None:
             self.reason = self.reason or "it has no gain to fold a scale into"
-        elif not fold.norm and len(_rows(module)) != fold.part[1] * _rows(self.layers[0]).shape[1]:
+        elif not fold.norm and len(weight_view(module)) != fold.part[1] * weight_view(self.layers[0]).shape[1]:
             self.reason = self.reason or "its rows are not the channels of what reads it"
         elif not fold.norm and source_format is not None and source_format.granularity == "tensor":
             self.reason = self.reason or "its rows share one scale, which would have to span theirs"
@@ -133,7 +133,7 @@ def _choose(place: _Place, blocks: Blocks, index: int, states: list[Tensor], set
     layer = place.layers[0]
     with catch_inputs(layer):
         channels = channels_of(lambda w: blocks.inputs(index, states[w], layer), len(states), settings.edit == "awq", workers)
-    weights = [_rows(reader).detach().float().contiguous() for reader, _ in place.rounded]
+    weights = [weight_view(reader).detach().float().contiguous() for reader, _ in place.rounded]
     try:
         if settings.edit == "awq":
             scaled = awq_scale(weights, [fmt for _, fmt in place.rounded], channels, settings.scales)
@@ -185,17 +185,10 @@ def _fold(model: nn.Module, source: str, readers: tuple[str, ...], fold: Fold, s
         else:
             first = len(scale) * fold.part[0]
             channels = slice(first, first + len(scale))
-            _rows(module)[channels].div_(scale[:, None])
+            weight_view(module)[channels].div_(scale[:, None])
         if bias is not None:
             bias[channels].div_(scale)
             changed.add(f"{source}.bias")
         for name in readers:
-            _rows(model.get_submodule(name)).mul_(scale)
+            weight_view(model.get_submodule(name)).mul_(scale)
     return changed
-
-
-def _rows(layer: nn.Module) -> Tensor:
-    """A matrix's weight as [N, K], a view of it: GPT-2's Conv1D stores [K, N]."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    return weight.T if isinstance(layer, Conv1D) else weight

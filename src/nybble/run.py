@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ from nybble.methods.steps.choose import Account
 from nybble.methods.steps.observe import static_grid
 from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
+from nybble.models.float_weights import float_weight, weight_view
 from nybble.models.loading import DTYPES, lay_out_for_half, load_model, quiet
 from nybble.models.packed import PackedWeight
 from nybble.models.replace import replace_weights
 from nybble.plan import Plan, Recipe, make_plan
 from nybble.version import __version__
-from nybble.walk import Walk, float_weight
+from nybble.walk import Walk
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -157,12 +159,14 @@ def quantize(
 
     `format` is a spec string (`int4:g64`, `nf4:g64,dq`, `fp16`), `method` too (`rtn`, `gptq`, `gptq:refine=3`, `best`).
     `calibration` is token windows, integers [windows, tokens], or text, of which `windows` windows of `window` tokens (the
-    model's context, at most 2048) are drawn with `seed`; methods that use no data ignore it. `keep` names weights that stay in
-    float (names or globs), `rules` gives others a format of their own.
+    model's context, at most 2048) are drawn with `seed`, as is all that the method itself draws; methods that use no data
+    ignore it. `keep` names weights that stay in float (names or globs), `rules` gives others a format of their own.
     Raises UsageError for specs and patterns, InputError for the model or text, NumericError naming the tensor.
     """
-    recipe = Recipe(format, method, tuple(keep), tuple(rules))
-    parse_method(method)
+    parsed = parse_method(method)
+    if seed and parsed.settings.draws and not any(option.startswith("seed=") for option in parsed.options):
+        parsed = parse_method(f"{parsed}:seed={seed}")
+    recipe = Recipe(format, str(parsed), tuple(keep), tuple(rules))
     source, owned, stored = None, False, None
     if not isinstance(model, nn.Module):
         checkpoint = open_checkpoint(model)
@@ -197,12 +201,11 @@ def quantize_by_plan(
     known = sites(model)
     formats = {row.tensor.name: parse_format(row.format or "") for row in rows}
     if windows is None and method.settings.calibrated and not all(fmt.is_cast for fmt in formats.values()):
-        instead = "dynamic" if method.settings.activations == "static" and not method.settings.blockwise else "rtn:mse"
-        raise UsageError(
-            f"method {method} reads calibration text; give some (--calibrate FILE), or use {instead}, which needs none"
-        )
+        raise method.lacks_calibration()
     if windows is not None and method.uses_calibration:
         check_windows(model, windows)
+        digest = sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes()).hexdigest()
+        provenance["calibration"] = {"windows": len(windows), "tokens": windows.shape[1], "sha256": digest}
     packed: dict[str, QTensor] = {}
     accounts: dict[str, Account] = {}
     edits: list[Edit] = []
@@ -253,9 +256,9 @@ def _walk(
     """A calibrated method on a copy of the model, whose weights it replaces on its way."""
     copied = copy.deepcopy(model)
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
-    groups = {name: 3 for name, role in roles.items() if role == "query, key and value"}
-    groups = {name: 3 for name in groups if _rows(copied, name) % 3 == 0}
     layers = {name: site.modules[0] for name, site in sites(copied).items()}
+    fused = [name for name, role in roles.items() if role == "query, key and value"]
+    groups = {name: 3 for name in fused if len(weight_view(layers[name])) % 3 == 0}
     with quiet(), Workers() as workers:
         walk = Walk(copied, layers, formats, method.settings, windows, groups, workers, progress)
         walk.run()
@@ -290,10 +293,6 @@ def _round_inputs(
 
 def _threshold(method: Method, scheme: str | None) -> float:
     return method.settings.threshold if scheme == "outliers" else 0.0
-
-
-def _rows(model: nn.Module, name: str) -> int:
-    return int(float_weight(sites(model)[name].modules[0]).shape[0])
 
 
 def load(path: str | Path, dtype: str = "fp32") -> Quantized:

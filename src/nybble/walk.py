@@ -18,12 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from nybble.calibrate.blocks import Blocks, no_cache
 from nybble.calibrate.fisher import token_weights
 from nybble.calibrate.predictions import Predictions
-from nybble.calibrate.statistics import Statistics, Sums
+from nybble.calibrate.statistics import CHUNK, Statistics, Sums
 from nybble.calibrate.watching import catch_inputs, inputs_of
 from nybble.calibrate.workers import Workers
 from nybble.edits import Edit, edit_blocks
@@ -33,9 +32,8 @@ from nybble.methods.steps.choose import Account, choose
 from nybble.methods.steps.settings import Settings
 from nybble.methods.steps.tuning import Latent, tune
 from nybble.methods.steps.wanted import wanted
+from nybble.models.float_weights import float_weight, put_weight, turned
 
-CHUNK = 4
-"""Windows whose moments are summed on one thread before they are added to the others'."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -207,7 +205,7 @@ class Walk:
 
         def slope(indices: list[int]) -> dict[str, Tensor]:
             found = predictions.slope(leaves, indices)[1]
-            return {name: g.T if isinstance(self.layers[name], Conv1D) else g for name, g in found.items()}
+            return {name: turned(self.layers[name], gradient) for name, gradient in found.items()}
 
         def show(name: str, weight: Tensor) -> None:
             put_weight(self.layers[name], weight.numpy())
@@ -236,20 +234,3 @@ class Walk:
 
 def _look(blocks: Blocks, index: int, states: list[Tensor], layer: nn.Module, whole: nn.Module | None, window: int) -> Tensor:
     return blocks.inputs(index, states[window], layer, whole)
-
-
-def float_weight(layer: nn.Module) -> NDArray[np.float32]:
-    """float32 [N, K] of a layer's weight, GPT-2's Conv1D turned round."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    values = weight.detach().to(torch.float32).cpu()
-    return np.ascontiguousarray(values.T.numpy() if isinstance(layer, Conv1D) else values.numpy())
-
-
-def put_weight(layer: nn.Module, weight: NDArray[np.float32]) -> None:
-    """Put a float weight [N, K] in the place of a layer's own."""
-    parameter = layer._parameters["weight"]
-    assert parameter is not None
-    values = torch.from_numpy(weight)
-    with torch.no_grad():
-        parameter.copy_(values.T if isinstance(layer, Conv1D) else values)

@@ -76,12 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> (class of transformers, settings of its config)."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name: str) -> Any:

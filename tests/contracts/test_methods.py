@@ -26,13 +26,7 @@ SETTINGS_OF_GPTQ = {"gptaq", "qep", "qronos", "guided"}
 FEWER_STEPS = {"best": "best:tune=2", "tune": "tune:tune=2"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    """Models this small run no faster on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same_files(one: Path, other: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,7 @@ FAMILIES = (
 WITHOUT_A_TABLE = ("gpt_neo", "gemma3", "gpt_neox", "bloom", "falcon", "bert")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def edit(model: Any, method: str, spec: str = "int3:g32", keep: tuple[str, ...] = ()) -> list[Edit]:

@@ -31,12 +31,7 @@ LIMIT = 1e-4
 """What exact mode may differ by, as a share of the largest logit. Measured: at most 2e-6."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def folder_of(name: str) -> Path:

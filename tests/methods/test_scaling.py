@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -17,13 +15,7 @@ from nybble.methods import parse_method
 from nybble.methods.steps.fitting import Scales
 from nybble.methods.steps.scaling import EXPONENTS, awq_candidates, awq_scale, scaled_loss, smooth_scale
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def known(columns: int = 64, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Channels]:

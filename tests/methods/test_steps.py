@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -27,13 +26,7 @@ FORMATS = ("int8:channel", "int4:channel", "int4:g32", "int4:g32,asym", "int3:g6
 KINDS = ("plain", "few samples", "dead columns", "ill-conditioned", "correlated")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The matrices here are too small to share between threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def problem(kind: str, seed: int, rows: int = 8, columns: int = 96) -> tuple[NDArray[np.float32], torch.Tensor]:

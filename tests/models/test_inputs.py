@@ -254,7 +254,7 @@ def test_outliers_are_counted(tiny: Callable[..., Any], ids: torch.Tensor, logit
         (
             "int8",
             "static",
-            "method static reads calibration text; give some (--calibrate FILE), or use dynamic, which needs none",
+            "method static reads calibration text; give some (--calibrate FILE; not the text that scores), or use dynamic, which needs none",
         ),
     ],
 )

@@ -137,6 +137,20 @@ def test_calibration_by_text_needs_a_tokenizer_and_uses_it() -> None:
     assert (by_text.tensors[name].codes != plain.tensors[name].codes).any()
 
 
+def test_the_seed_reaches_what_a_method_draws(tiny: Callable[..., Any]) -> None:
+    def made(method: str, seed: int) -> nybble.Quantized:
+        return nybble.quantize(tiny("gpt2"), "int3:g32", method, WINDOWS, seed=seed)
+
+    name = "transformer.h.1.mlp.c_fc.weight"
+    one, two, again = made("guided", 1), made("guided", 2), made("guided:seed=1", 0)
+    assert (one.tensors[name].codes != two.tensors[name].codes).any()
+    np.testing.assert_array_equal(one.tensors[name].codes, again.tensors[name].codes)
+    assert one.plan_hash == again.plan_hash != two.plan_hash
+    assert made("gptq", 1).plan_hash == made("gptq", 2).plan_hash
+    assert one.provenance["calibration"]["windows"] == len(WINDOWS)
+    assert len(one.provenance["calibration"]["sha256"]) == 64
+
+
 def test_calibration_text_for_a_model_in_memory_is_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="give token windows"):
         nybble.quantize(tiny("gpt2"), "int4:g32", "rtn:mse", "some text")

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.calibrate.statistics import Sums
+from nybble.calibrate.statistics import CHUNK, Sums
 from nybble.calibrate.workers import Workers
-
-CHUNK = 4
-"""Windows that are summed on one thread before they are added to the others'."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nybble.calibrate.watching import watch_inputs
 from nybble.errors import NumericError
-from nybble.models.loading import quiet
 
 BINS = 2048
 LEAST = 2.0**-100
@@ -77,23 +77,11 @@ def input_histograms(
     """
     found = {name: Histogram() for name in layers}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            try:
-                found[name].add(inputs[0])
-            except NumericError as error:
-                raise NumericError(f"{name}: {error}") from error
+    def see(name: str, inputs: Tensor) -> None:
+        try:
+            found[name].add(inputs)
+        except NumericError as error:
+            raise NumericError(f"{name}: {error}") from error
 
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with quiet(), torch.inference_mode():
-            for i, window in enumerate(windows):
-                model(torch.from_numpy(window[None].astype(np.int64)))
-                if progress:
-                    progress(i + 1, len(windows))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch_inputs(model, layers.items(), windows, see, progress)
     return found

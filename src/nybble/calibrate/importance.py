@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from nybble.calibrate.watching import watch_inputs
 from nybble.errors import InputError
 from nybble.models.describe import sites
-from nybble.models.loading import context_length, quiet
+from nybble.models.loading import context_length
 
 
 def input_importance(
@@ -30,20 +31,15 @@ def input_importance(
     check_windows(model, windows)
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
-    hooks = []
-    for name, site in sites(model).items():
-        for module in site.modules:
-            if not isinstance(module, nn.Embedding):
-                hooks.append(module.register_forward_pre_hook(_watch(name, sums, counts)))
-    try:
-        with quiet(), torch.inference_mode():
-            for i, window in enumerate(windows):
-                model(torch.from_numpy(window[None].astype(np.int64)))
-                if progress:
-                    progress(i + 1, len(windows))
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def see(name: str, inputs: torch.Tensor) -> None:
+        x = inputs.reshape(-1, inputs.shape[-1]).float()  # [tokens, K]
+        square = x.square().sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + square if name in sums else square
+        counts[name] = counts.get(name, 0) + x.shape[0]
+
+    linear = [(n, m) for n, site in sites(model).items() for m in site.modules if not isinstance(m, nn.Embedding)]
+    watch_inputs(model, linear, windows, see, progress)
     return {name: (total / counts[name]).float().numpy() for name, total in sums.items()}
 
 
@@ -60,13 +56,3 @@ def check_windows(model: nn.Module, windows: NDArray[Any]) -> None:
         return
     if windows.shape[1] > context:
         raise InputError(f"calibration windows of {windows.shape[1]} tokens are longer than the model's context of {context}")
-
-
-def _watch(name: str, sums: dict[str, torch.Tensor], counts: dict[str, int]) -> Any:
-    def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()  # [tokens, K]
-        square = x.square().sum(0, dtype=torch.float64)
-        sums[name] = sums[name] + square if name in sums else square
-        counts[name] = counts.get(name, 0) + x.shape[0]
-
-    return hook

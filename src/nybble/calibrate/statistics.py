@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+CHUNK = 4
+"""Windows that are summed on one thread before they are added to the others'."""
 STEP = 512
 """Columns whose products are computed together."""
 

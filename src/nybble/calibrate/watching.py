@@ -6,11 +6,16 @@ Hooks are registered once, by the thread that starts the work; what they see goe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from nybble.models.loading import quiet
 
 
 class Stop(Exception):  # not an error: it ends a forward pass whose rest is not wanted
@@ -52,6 +57,31 @@ def inputs_of(layer: nn.Module, run: Callable[[], object]) -> Tensor | None:
     finally:
         found, _here.layer, _here.found = _here.found, None, None
     return None if found is None else found.detach().reshape(-1, found.shape[-1]).float()
+
+
+def watch_inputs(
+    model: nn.Module,
+    layers: Iterable[tuple[str, nn.Module]],
+    windows: NDArray[np.integer[Any]],
+    see: Callable[[str, Tensor], None],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run a model over token windows, integers [windows, tokens], one after the other on this thread, and show what layers are
+    fed: `see(name, inputs [..., T, K])` for each time one runs."""
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _, inputs: see(name, inputs[0].detach())
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
+    try:
+        with quiet(), torch.inference_mode():
+            for i, window in enumerate(windows):
+                model(torch.from_numpy(window[None].astype(np.int64)))
+                if progress:
+                    progress(i + 1, len(windows))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

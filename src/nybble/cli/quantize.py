@@ -9,7 +9,6 @@ import typer
 
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.cli import console
-from nybble.errors import UsageError
 
 NAME = "quantize"
 HELP = """Quantize a model and save it as a folder that nybble.load and, after `import nybble`, transformers open.
@@ -49,10 +48,9 @@ def run(
     from nybble.models.hub import resolve
 
     parse_format(to)
-    if parse_method(method).settings.calibrated and calibrate is None:
-        raise UsageError(
-            f"method {method} reads calibration text; give some with --calibrate FILE, or use rtn:mse, which needs none"
-        )
+    wanted = parse_method(method)
+    if wanted.settings.calibrated and calibrate is None:
+        raise wanted.lacks_calibration()
     check_output(output, force, marker="config.json")
     calibration = read_text(calibrate) if calibrate else None
     rules = console.parse_rules(rule or ())

@@ -14,7 +14,7 @@ from nybble.errors import UsageError
 from nybble.evaluate.quality import kl_divergence, log_probabilities, mean_and_error
 from nybble.formats import QTensor
 from nybble.models.describe import sites
-from nybble.walk import float_weight, put_weight
+from nybble.models.float_weights import float_weight, put_weight
 
 
 @dataclass(frozen=True)

@@ -130,11 +130,10 @@ def compare(
 
 def _check_calibration(variants: Sequence[Variant], given: bool) -> None:
     """Raise UsageError for a method that reads calibration text where there is none."""
-    for variant in variants:
-        if not given and variant.method != "cast" and parse_method(variant.method).settings.calibrated:
-            raise UsageError(
-                f"variant {variant} reads calibration text; give some with --calibrate FILE, other than the text that scores"
-            )
+    methods = [parse_method(variant.method) for variant in variants if variant.method != "cast"]
+    for method in methods:
+        if not given and method.settings.calibrated:
+            raise method.lacks_calibration()
 
 
 def _measure_all(

@@ -40,6 +40,14 @@ class Method:
         """Whether calibration text changes what it does; `settings.calibrated` says whether it must have some."""
         return self.settings.calibrated or self.settings.scales == "search"
 
+    def lacks_calibration(self) -> UsageError:
+        """The error for a method that must have calibration text and is given none: says what to do."""
+        instead = "dynamic" if self.settings.activations == "static" and not self.settings.blockwise else "rtn:mse"
+        return UsageError(
+            f"method {self} reads calibration text; give some (--calibrate FILE; not the text that scores), "
+            f"or use {instead}, which needs none"
+        )
+
     def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None) -> QTensor:
         """QTensor of a float32 weight [N, K], rounded to nearest: what a method does where no Hessian is known.
         `importance`, float32 [K], weighs the columns in a search. Raises NumericError as the format does."""

@@ -4,7 +4,7 @@ Searched scales, feedback, targets for the inputs that the quantized model reall
 offsets, then codes and scales of all layers tuned together against the float model's predictions, 300 steps for up to 3 bits,
 75 for 4, none for more. A step runs eight windows through the model and back: on large models `best:tune=0` is the quick part.
 
-Every step can be turned off or changed (`best:tune=0`, `best:refine=1`); docs/methods.md has what each one gains.
+Every step can be turned off or changed (`best:tune=0`, `best:refine=1`); docs/log.md has what each one gained.
 """
 
 from nybble.methods.steps.settings import Settings

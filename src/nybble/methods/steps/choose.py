@@ -37,7 +37,7 @@ def in_turn(function: Callable[[int], None], indices: Iterable[int]) -> None:
 @dataclass(frozen=True)
 class Account:
     """What a method did to one weight. Losses are squared errors of the layer's outputs on its inputs, as shares of the
-    outputs' own squares: tr(E H E^T) / tr(W H W^T)."""
+    outputs' own squares: tr(E H E^T) / tr(W H W^T). What tuning does afterwards is not in them: it looks at predictions."""
 
     loss_of_rounding: float
     """Of plain rounding to nearest."""

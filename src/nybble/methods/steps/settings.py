@@ -77,6 +77,11 @@ class Settings:
         return self.hessian or self.tune > 0 or self.edit != "none"
 
     @property
+    def draws(self) -> bool:
+        """Whether `seed` changes anything."""
+        return self.fisher > 0 or self.tune > 0
+
+    @property
     def hessian(self) -> bool:
         """Whether the inputs' second moments are needed."""
         return self.feedback or self.refine > 0 or self.target > 0
