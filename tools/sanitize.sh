@@ -10,7 +10,7 @@ kernels=src/nybble/kernels
 build=build/sanitize
 
 flags_of() { # the flags of one source, as CMakeLists.txt gives them
-  avx2="-mavx2 -mfma -mf16c"
+  avx2="-mavx2 -mfma -mf16c -mprfchw"
   avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized"
   case $1 in
     */isa_avx2.cpp) echo "$avx2" ;;

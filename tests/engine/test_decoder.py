@@ -258,6 +258,26 @@ def test_a_decoder_is_as_new_after_every_text(decoder: Decoder, text: list[int])
     np.testing.assert_array_equal(decoder.logits(text), wanted)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])  # queries, keys and values in one matrix, and in three
+def test_rows_that_nobody_wants_change_nothing(name: str, exact: bool, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    folder = nybble.quantize(tiny(name), "int4:g32").save(tmp_path / "model")
+    decoder = Decoder.load(folder, threads=2, exact=exact)
+    runner = decoder._runner
+    ids = np.array(some_ids(90, 30))
+    for count in (*range(1, 21), 30):
+        runner.reserve(1, 32)
+        rows = ids[:count], np.arange(count), np.zeros(count, dtype=np.int64)
+        whole = runner.run(*rows, np.arange(count))
+        following = [np.array([value]) for value in (ids[0], count, 0, 0)]
+        after = runner.run(*following)
+        for wanted in ([], [0], [count - 1], [count // 2], sorted({count // 3, count - 1})):
+            runner.reserve(1, 32)
+            some = runner.run(*rows, np.array(wanted, dtype=np.int64))
+            np.testing.assert_array_equal(some, whole[wanted])
+            np.testing.assert_array_equal(runner.run(*following), after)  # the cache holds every row
+
+
 # ---- limits and errors ------------------------------------------------------------------------------------------------
 
 

@@ -24,12 +24,13 @@ std::pair<std::size_t, std::size_t> share(std::size_t count, int worker, int thr
 }
 
 // Tiles are handed out in pieces: one large piece for each thread, then small ones, so that a thread that was held up
-// leaves its share to the others. Many rows make every tile long work: pieces of equal size do.
-constexpr std::size_t kSmall = 4;  // small pieces a thread
+// leaves its share to the others. Many rows make every tile long work: small pieces of equal size do.
+constexpr std::size_t kSmall = 4;    // small pieces a thread
+constexpr std::size_t kPieces = 48;  // pieces a thread where every tile is long work
 
 std::size_t piece_count(int threads, std::size_t rows) {
     if (threads == 1) return 1;
-    return std::size_t(threads) * (rows < kMany ? 1 + kSmall : 16);
+    return std::size_t(threads) * (rows < kMany ? 1 + kSmall : kPieces);
 }
 
 std::pair<std::size_t, std::size_t> piece(std::size_t tiles, std::size_t at, int threads, std::size_t rows) {
@@ -48,6 +49,26 @@ std::pair<std::size_t, std::size_t> piece(std::size_t tiles, std::size_t at, int
 bool quantizes(const Linear& op, bool exact) {
     if (exact) return false;
     return std::any_of(op.parts.begin(), op.parts.end(), [](const Part& p) { return p.weight->tiled.holds == Holds::codes; });
+}
+
+// Rows [first, last) of x; where codes lie in panels, `first` begins one and there are enough of them to lie so.
+Activations some_rows(const Activations& x, std::size_t first, std::size_t last) {
+    return {last - first,
+            x.stride,
+            x.values + first * x.stride,
+            x.codes + first * x.stride,
+            x.scale + first * (x.stride / kBlock),
+            x.sums + first * (x.stride / 16)};
+}
+
+// The rows that some_rows may be asked for so that all that are wanted are among them. None where nothing is wanted.
+std::pair<std::size_t, std::size_t> wanted_rows(const Step& step, std::size_t rows) {
+    if (step.wanted_count == 0) return {0, 0};
+    if (!in_panels(rows)) return {0, rows};
+    std::size_t first = std::size_t(step.wanted[0]) / kPanel * kPanel;
+    const std::size_t last = std::min(rows, up(std::size_t(step.wanted[step.wanted_count - 1]) + 1, kPanel));
+    if (!in_panels(last - first) && first != 0) first -= kPanel;
+    return {first, last};
 }
 
 }  // namespace
@@ -72,7 +93,9 @@ std::size_t Engine::rotation(std::vector<float> frequencies) {
 void Engine::append(Op op) { program_.push_back(std::move(op)); }
 
 void Engine::Rows::allocate(std::size_t rows, std::size_t columns, bool quantized) {
-    stride = up(columns, kBlock);
+    this->columns = columns;
+    stride = (columns + kBlock - 1) / kBlock * kBlock;
+    if (stride / kBlock % 2 == 0) stride += kBlock;  // rows in one column would share few lines of the nearest cache
     values = Memory(rows * stride * sizeof(float) + 64);
     if (!quantized) return;
     rows = up(rows, kPanel);
@@ -94,23 +117,30 @@ void Engine::finish(std::size_t vocabulary, std::size_t rows) {
     most_ = rows;
     std::size_t widths[kBuffers] = {};
     std::size_t scratch = 0, widest = 0, layers = 0;
+    Linear* projection = nullptr;  // before the attention that is looked at
+    const Attention* last = nullptr;
+    Linear* of_last = nullptr;
     const auto wide = [&](Buffer b, std::size_t columns) {
         auto& width = widths[static_cast<std::size_t>(b)];
         width = std::max(width, columns);
     };
-    for (const Op& op : program_) {
+    for (Op& op : program_) {
         if (op.kind == Op::Kind::embed) wide(Buffer::residual, op.embed.tokens->tiled.columns);
         if (op.kind == Op::Kind::norm) wide(op.norm.to, widths[std::size_t(op.norm.from)]);
         if (op.kind == Op::Kind::linear)
-            for (const Part& part : op.linear.parts) {
+            for (Part& part : op.linear.parts) {
                 const Tiled& w = part.weight->tiled;
+                part.last = w.tiles;
                 if (op.linear.to != Buffer::logits) wide(op.linear.to, part.column + w.rows);
                 wide(op.linear.from, w.columns);
                 widest = std::max(widest, w.columns);
                 scratch = std::max(scratch, product_scratch(w, most_));
             }
+        if (op.kind == Op::Kind::linear && op.linear.to == Buffer::projected) projection = &op.linear;
         if (op.kind == Op::Kind::attention) {
             const Attention& a = op.attention;
+            last = &a;
+            of_last = projection;
             wide(Buffer::mixed, a.heads * a.dimensions);
             layers = std::max(layers, a.layer + 1);
         }
@@ -124,6 +154,27 @@ void Engine::finish(std::size_t vocabulary, std::size_t rows) {
     for (const auto& f : frequencies_) turns_.emplace_back(most_ * f.size() * 2 * sizeof(float) + 64);
     taken_ = std::make_unique<std::atomic<std::size_t>[]>(program_.size());
     shapes_.resize(layers);
+    if (of_last != nullptr) set_queries_apart(*last, *of_last);
+}
+
+// Behind the last attention only the wanted rows go on, so that the others need no queries there. They are the first columns.
+void Engine::set_queries_apart(const Attention& op, Linear& projection) const {
+    const std::size_t queries = op.heads * op.dimensions;
+    std::vector<Part> parts;
+    for (Part part : projection.parts) {
+        const std::size_t rows = part.weight->tiled.rows;
+        part.wanted_only = part.column + rows <= queries;
+        if (part.column == 0 && rows > queries && queries % kRows == 0) {  // queries, keys and values in one matrix
+            Part rest = part;
+            part.wanted_only = true;
+            part.last = rest.first = queries / kRows;
+            parts.push_back(std::move(part));
+            parts.push_back(std::move(rest));
+        } else {
+            parts.push_back(std::move(part));
+        }
+    }
+    projection.parts = std::move(parts);
 }
 
 void Engine::reserve(std::size_t sequences, std::size_t positions) {
@@ -198,7 +249,7 @@ void Engine::work(int worker, State& state) {
             case Op::Kind::add: {
                 Rows& from = buffers_[std::size_t(op.add.from)];
                 Rows& to = buffers_[std::size_t(op.add.to)];
-                const std::size_t columns = std::min(from.stride, to.stride);
+                const std::size_t columns = std::min(from.columns, to.columns);
                 const auto [first, last] = share(columns, worker, threads_);
                 for (std::size_t m = 0; m < state.rows; ++m)
                     for (std::size_t k = first; k < last; ++k)
@@ -263,7 +314,7 @@ void Engine::norm(const Norm& op, State& state, int worker) {
     const Rows& from = buffers_[std::size_t(op.from)];
     const bool own = state.own && op.to == Buffer::normed;
     Rows& to = own ? workers_[std::size_t(worker)].normed : buffers_[std::size_t(op.to)];
-    const std::size_t columns = op.gain.empty() ? from.stride : op.gain.size();
+    const std::size_t columns = op.gain.empty() ? from.columns : op.gain.size();
     const NormOf how = {op.centred, op.eps, op.gain.empty() ? nullptr : op.gain.data(), op.bias.empty() ? nullptr : op.bias.data()};
     const auto [first, last] = own ? std::pair<std::size_t, std::size_t>{0, state.rows} : share(state.rows, worker, threads_);
     for (std::size_t m = first; m < last; ++m) {
@@ -294,17 +345,22 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
             coded = to.view(state.rows);
         }
     }
-    const Tiled* prepared = nullptr;  // the weight that scratch is prepared for
+    const auto [wanted_first, wanted_last] = wanted_rows(state.step, state.rows);
+    const Part* prepared = nullptr;  // whose weight and rows scratch is prepared for
     const auto product = [&](std::size_t p, std::size_t first, std::size_t last) {
         const Part& part = op.parts[p];
         const Tiled& w = part.weight->tiled;
+        const bool fast = !exact_ && w.holds == Holds::codes;
+        const std::size_t row = part.wanted_only ? wanted_first : 0, end = part.wanted_only ? wanted_last : state.rows;
+        if (row == end) return;
+        const Activations rows = some_rows(fast ? coded : x, row, end);
         Output out;
         if (op.to == Buffer::logits) {
             out.to = state.step.logits;
             out.stride = vocabulary_;
         } else {
             Rows& to = buffers_[std::size_t(op.to)];
-            out.to = to.values.as<float>() + part.column;
+            out.to = to.values.as<float>() + part.column + row * to.stride;
             out.stride = to.stride;
         }
         out.bias = part.bias.empty() ? nullptr : part.bias.data();
@@ -312,12 +368,11 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
         out.times = op.gated && p == 1;
         out.add = op.add;
         out.scale = op.scale;
-        const bool fast = !exact_ && w.holds == Holds::codes;
-        if (fast && (prepared == nullptr || !prepared_alike(*prepared, w))) {
-            state.run.prepare(w, coded, mine.scratch.as());
-            prepared = &w;
+        if (fast && (prepared == nullptr || prepared->wanted_only != part.wanted_only || !prepared_alike(prepared->weight->tiled, w))) {
+            state.run.prepare(w, rows, mine.scratch.as());
+            prepared = &part;
         }
-        state.run.product(w, fast ? coded : x, out, first, last, fast, mine.scratch.as());
+        state.run.product(w, rows, out, first, last, fast, mine.scratch.as());
     };
     // Pieces of all parts, taken as they come; a gated pair goes together.
     const std::size_t parts = op.gated ? 1 : op.parts.size();
@@ -326,9 +381,10 @@ void Engine::linear(const Linear& op, std::size_t index, State& state, int worke
         const std::size_t at = taken_[index].fetch_add(1, std::memory_order_relaxed);
         if (at >= parts * pieces) break;
         const std::size_t p = at / pieces;
-        const auto [first, last] = piece(op.parts[p].weight->tiled.tiles, at % pieces, threads_, state.rows);
+        const Part& part = op.parts[p];
+        const auto [first, last] = piece(part.last - part.first, at % pieces, threads_, state.rows);
         if (first == last) continue;
-        product(p, first, last);
+        product(p, part.first + first, part.first + last);
         if (op.gated) product(1, first, last);
     }
     barrier_.wait();

@@ -34,10 +34,12 @@ struct Norm {
     std::vector<float> gain, bias;  // empty: 1 and 0
 };
 
-struct Part {  // one matrix of a linear operation
+struct Part {  // one matrix of a linear operation, or some tiles of it
     std::shared_ptr<LaidWeight> weight;
     std::vector<float> bias;  // padded to whole tiles, or empty
     std::size_t column;       // where its rows go in the output
+    std::size_t first = 0, last = 0;  // its tiles
+    bool wanted_only = false; // queries of the last attention: of no use for rows whose logits nobody wants
 };
 
 struct Linear {
@@ -113,7 +115,7 @@ class Engine {
   private:
     struct Rows {  // [M, stride] floats, and their codes
         Memory values, codes, scale, sums;
-        std::size_t stride = 0;
+        std::size_t columns = 0, stride = 0;
         void allocate(std::size_t rows, std::size_t columns, bool quantized);
         void quantize(const Kernels& run, const float* row, std::size_t columns, std::size_t rows, std::size_t m) const;
         Activations view(std::size_t rows) const;
@@ -131,6 +133,7 @@ class Engine {
     void norm(const Norm& op, State& state, int worker);
     void linear(const Linear& op, std::size_t index, State& state, int worker);
     void attention(const Attention& op, std::size_t index, State& state, int worker);
+    void set_queries_apart(const Attention& op, Linear& projection) const;
     void store(const Attention& op, const State& state, std::size_t row, std::size_t head, float* scratch);
     CacheHead head(const Attention& op, std::size_t sequence, std::size_t head) const;
 

@@ -16,7 +16,7 @@ inline std::uint16_t half_up(float v) {  // v >= 0, rounded up to half
 // Codes of a group of 16 or 32 values with `most` = 127 or 7; returns the half scale.
 inline std::uint16_t group_codes(const float* x, std::size_t group, float most, std::int32_t* codes) {
     const F a = Lanes::load(x), b = group == 32 ? Lanes::load(x + 16) : Lanes::all(0.0f);
-    const std::uint16_t scale = half_up(largest(Lanes::max(Lanes::abs(a), Lanes::abs(b))) / most);
+    const std::uint16_t scale = half_up(Lanes::largest(Lanes::max(Lanes::abs(a), Lanes::abs(b))) / most);
     alignas(64) std::uint16_t halves[16] = {scale};
     alignas(64) float wide[16];
     Lanes::store(wide, Lanes::load_half(halves));
@@ -228,7 +228,7 @@ inline void attend_some(const Attend& a, void* scratch) {
         for (std::size_t p = end; p < stride; ++p) row[p] = 0.0f;
         F top = Lanes::all(-__builtin_inff());
         for (std::size_t p = begin; p < end; p += 16) top = Lanes::max(top, Lanes::load(row + p));
-        const F most = Lanes::all(largest(top));
+        const F most = Lanes::all(Lanes::largest(top));
         F total = Lanes::all(0.0f);
         for (std::size_t p = begin; p < end; p += 16) {
             F weight = exponential(Lanes::sub(Lanes::load(row + p), most));
@@ -241,7 +241,7 @@ inline void attend_some(const Attend& a, void* scratch) {
             Lanes::store(row + p, weight);
             total = Lanes::add(total, weight);
         }
-        inverse[q] = 1.0f / fold(total);
+        inverse[q] = 1.0f / Lanes::sum(total);
     }
     // Floats need no turning and are met in one go.
     const std::size_t step = a.cache.shape->type == CacheType::f32 ? stride : 16;

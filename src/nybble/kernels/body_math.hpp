@@ -85,23 +85,6 @@ inline F activate(F x, Activation kind) {
     return x;
 }
 
-// Sum and largest of the sixteen lanes, always in the same order.
-inline float fold(F v) {
-    alignas(64) float at[16];
-    Lanes::store(at, v);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) at[i] += at[i + width];
-    return at[0];
-}
-
-inline float largest(F v) {
-    alignas(64) float at[16];
-    Lanes::store(at, v);
-    for (int width = 8; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) at[i] = at[i] > at[i + width] ? at[i] : at[i + width];
-    return at[0];
-}
-
 // Up to sixteen values, zeros behind them.
 inline F load_some(const float* from, std::size_t count) {
     if (count >= 16) return Lanes::load(from);

@@ -61,7 +61,7 @@ static void norm_row(const float* x, std::size_t columns, const NormOf& norm, fl
         }
         if (k < whole) a = Lanes::add(a, Lanes::load(x + k));
         if (rest != 0) b = Lanes::add(b, load_some(x + whole, rest));
-        mean = fold(Lanes::add(a, b)) / n;
+        mean = Lanes::sum(Lanes::add(a, b)) / n;
     }
     const F middle = Lanes::all(mean);
     F a = Lanes::all(0.0f), b = a;
@@ -75,7 +75,7 @@ static void norm_row(const float* x, std::size_t columns, const NormOf& norm, fl
         const F p = Lanes::sub(Lanes::load(x + k), middle);
         a = Lanes::fma(p, p, a);
     }
-    float square = fold(Lanes::add(a, b));
+    float square = Lanes::sum(Lanes::add(a, b));
     for (k = whole; k < columns; ++k) square += (x[k] - mean) * (x[k] - mean);
     const F factor = Lanes::all(1.0f / __builtin_sqrtf(square / n + norm.eps));
     for (k = 0; k < columns; k += 16) {
@@ -96,7 +96,7 @@ static std::size_t best_of(const float* x, std::size_t count) {
         top = Lanes::max(top, v);
         zero = Lanes::fma(v, Lanes::all(0.0f), zero);
     }
-    float best = largest(top), check = fold(zero);
+    float best = Lanes::largest(top), check = Lanes::sum(zero);
     for (; k < count; ++k) {
         best = x[k] > best ? x[k] : best;
         check += x[k] * 0.0f;

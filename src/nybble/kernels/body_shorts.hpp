@@ -119,7 +119,7 @@ inline float short_weights(float* scores, std::size_t from, std::size_t to, std:
     for (std::size_t p = to; p < end; ++p) scores[p] = -__builtin_inff();
     F top = Lanes::all(-__builtin_inff());
     for (std::size_t p = begin; p < end; p += 16) top = Lanes::max(top, Lanes::load(scores + p));
-    const F most = Lanes::all(largest(top));
+    const F most = Lanes::all(Lanes::largest(top));
     F total = Lanes::all(0.0f);
     for (std::size_t span = 0; span < stride; span += kSpan) {
         I high = Lanes::whole(0);
@@ -136,7 +136,7 @@ inline float short_weights(float* scores, std::size_t from, std::size_t to, std:
     for (std::size_t p = 0; p < begin; p += 16) Lanes::store_shorts(codes + p, Lanes::whole(0));
     for (std::size_t p = begin; p < end; p += 16) Lanes::store_shorts(codes + p, steps[p / kSpan].code(Lanes::load(scores + p)));
     for (std::size_t p = end; p < stride; p += 16) Lanes::store_shorts(codes + p, Lanes::whole(0));
-    return fold(total);
+    return Lanes::sum(total);
 }
 
 static std::size_t shorts_scratch(std::size_t depth, std::size_t positions) {

@@ -44,6 +44,18 @@ struct Lanes {
         const __m256 sign = _mm256_set1_ps(-0.0f);
         return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
     }
+    static inline float sum(F a) {
+        const __m256 eight = _mm256_add_ps(a.low, a.high);
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    static inline float largest(F a) {
+        const __m256 eight = _mm256_max_ps(a.low, a.high);
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
     static inline F sqrt(F a) { return {_mm256_sqrt_ps(a.low), _mm256_sqrt_ps(a.high)}; }
 
     static inline I whole(std::int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }

@@ -32,6 +32,19 @@ struct Lanes {
     static inline F max(F a, F b) { return _mm512_max_ps(a, b); }
     static inline F min(F a, F b) { return _mm512_min_ps(a, b); }
     static inline F abs(F a) { return _mm512_abs_ps(a); }
+    static inline float sum(F a) {
+        const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), upper(a));
+        const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+    }
+    static inline float largest(F a) {
+        const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a), upper(a));
+        const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+        const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+        return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+    }
+    static inline __m256 upper(F a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
     static inline F sqrt(F a) { return _mm512_sqrt_ps(a); }
 
     static inline I whole(std::int32_t v) { return _mm512_set1_epi32(v); }

@@ -89,6 +89,19 @@ struct Lanes {
     static inline F sqrt(F x) {
         return make<F>([](auto p) { return vsqrtq_f32(p); }, x);
     }
+    static inline float sum(F x) {
+        const float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
+        const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+        return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+    }
+    static inline float largest(F x) {
+        const auto larger = [](float32x4_t p, float32x4_t q) { return vbslq_f32(vcgtq_f32(p, q), p, q); };
+        const float32x4_t four = larger(larger(x.a, x.c), larger(x.b, x.d));
+        const float32x2_t low = vget_low_f32(four), high = vget_high_f32(four);
+        const float32x2_t two = vbsl_f32(vcgt_f32(low, high), low, high);
+        const float first = vget_lane_f32(two, 0), second = vget_lane_f32(two, 1);
+        return first > second ? first : second;
+    }
 
     static inline I whole(std::int32_t v) {
         const int32x4_t four = vdupq_n_s32(v);

@@ -65,6 +65,17 @@ struct Lanes {
     static inline F sqrt(F a) {
         return make<F>([&](int i) { return __builtin_sqrtf(a.at[i]); });
     }
+    // Sum and largest of all lanes, by halves: lanes 0 and 8, 1 and 9, .., then of those 0 and 4, and so on.
+    static inline float sum(F a) {
+        for (int width = 8; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) a.at[i] += a.at[i + width];
+        return a.at[0];
+    }
+    static inline float largest(F a) {
+        for (int width = 8; width > 0; width /= 2)
+            for (int i = 0; i < width; ++i) a.at[i] = a.at[i] > a.at[i + width] ? a.at[i] : a.at[i + width];
+        return a.at[0];
+    }
 
     static inline I whole(std::int32_t v) {
         return make<I>([&](int) { return v; });
