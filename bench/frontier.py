@@ -3,6 +3,8 @@
     python bench/frontier.py                                              the model that ships; most of an hour on two cores
     python bench/frontier.py --variants int4:g64+gptq,int4:g64+best
     python bench/frontier.py --model FOLDER --text held.txt --calibrate train.txt --json rows.jsonl
+    python bench/frontier.py --calibrate self --variants int4:g32+best                            no data: the model writes it
+    python bench/frontier.py --model FOLDER --text held.bin --calibrate train.bin --seed 1234       token ids, uint16, no text
 
 Only the linear layers of the blocks are quantized; tables, head, norms and biases stay float. 128 calibration windows of the
 context (at most 512 tokens), 100 windows of the same length scored side by side, all in nats per token over the float model.
@@ -41,8 +43,11 @@ LENGTH, WINDOWS, CALIBRATION = 512, 100, 128
 
 def measure(model: str, text: str, calibrate: str, variant: str, seed: int) -> dict[str, Any]:
     """One row, in this process."""
+    import numpy as np
+
     import nybble
     from nybble.calibrate.windows import calibration_windows, encode, read_text, token_windows
+    from nybble.calibrate.written import SELF, written_windows
     from nybble.evaluate.quality import LogitCache, evaluate
     from nybble.methods import parse_method
     from nybble.models.arch import table_for
@@ -54,7 +59,15 @@ def measure(model: str, text: str, calibrate: str, variant: str, seed: int) -> d
     length = min(LENGTH, context_length(float_model))
     tokenizer = load_tokenizer(model)
     windows = None
-    if parse_method(method).uses_calibration:
+    written = (0.0, 0.0)
+    if parse_method(method).uses_calibration and calibrate.endswith(".bin"):
+        pool = token_ids(calibrate, length)
+        windows = pool[np.random.default_rng(seed).permutation(len(pool))[:CALIBRATION]]
+    elif parse_method(method).uses_calibration and calibrate == SELF:
+        start, before = time.perf_counter(), time.process_time()
+        windows = written_windows(float_model, CALIBRATION, length, seed)
+        written = time.perf_counter() - start, time.process_time() - before
+    elif parse_method(method).uses_calibration:
         ids, bos = encode(tokenizer, read_text(calibrate))
         windows = calibration_windows(ids, context_length(float_model), bos, CALIBRATION, length, seed)
     keep = [
@@ -62,10 +75,13 @@ def measure(model: str, text: str, calibrate: str, variant: str, seed: int) -> d
     ]
     start, before = time.perf_counter(), time.process_time()
     quantized = nybble.quantize(float_model, spec, method, windows, keep=keep, seed=seed)
-    seconds, processor = time.perf_counter() - start, time.process_time() - before
+    seconds, processor = written[0] + time.perf_counter() - start, written[1] + time.process_time() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ids, bos = encode(tokenizer, read_text(text))
-    held = token_windows(ids, length, WINDOWS, bos)
+    if text.endswith(".bin"):
+        held = token_windows(token_ids(text, length).reshape(-1), length, WINDOWS)
+    else:
+        ids, bos = encode(tokenizer, read_text(text))
+        held = token_windows(ids, length, WINDOWS, bos)
     with tempfile.TemporaryDirectory() as work:
         cache = LogitCache.create(Path(work) / "cache", float_model, "float", held, 8 << 30)
         quality = evaluate(quantized.model(), held, cache)
@@ -78,6 +94,14 @@ def measure(model: str, text: str, calibrate: str, variant: str, seed: int) -> d
         "peak_bytes": peak,
         **{key: figures[key] for key in ("kl_mean", "kl_se", "perplexity", "top1_agreement")},
     }
+
+
+def token_ids(path: str, length: int) -> Any:
+    """int64 [windows, length] of a file of token ids, little-endian uint16, one window after the other."""
+    import numpy as np
+
+    ids = np.fromfile(path, dtype="<u2").astype(np.int64)
+    return ids[: len(ids) // length * length].reshape(-1, length)
 
 
 def main() -> None:

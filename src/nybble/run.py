@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from nybble.calibrate.histogram import input_histograms
 from nybble.calibrate.importance import check_windows, input_importance
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
+from nybble.calibrate.written import SELF, written_windows
 from nybble.edits import Edit, apply_edits, summary
 from nybble.errors import InputError, NumericError, UsageError
 from nybble.files import safetensors
@@ -159,8 +161,9 @@ def quantize(
 
     `format` is a spec string (`int4:g64`, `nf4:g64,dq`, `fp16`), `method` too (`rtn`, `gptq`, `gptq:refine=3`, `best`).
     `calibration` is token windows, integers [windows, tokens], or text, of which `windows` windows of `window` tokens (the
-    model's context, at most 2048) are drawn with `seed`, as is all that the method itself draws; methods that use no data
-    ignore it. `keep` names weights that stay in float (names or globs), `rules` gives others a format of their own.
+    model's context, at most 2048) are drawn with `seed`, as is all that the method itself draws; or "self", and the model
+    writes them. Methods that use no data ignore it. `keep` names weights that stay in float (names or globs), `rules` gives
+    others a format of their own.
     Raises UsageError for specs and patterns, InputError for the model or text, NumericError naming the tensor.
     """
     parsed = parse_method(method)
@@ -177,7 +180,7 @@ def quantize(
     elif any(isinstance(module, PackedWeight) for module in model.modules()):
         raise InputError(f"this {type(model).__name__} is quantized already; quantize the float model it was made from")
     plan = make_plan(describe(model, stored), recipe)
-    token_windows = _windows(model, plan, calibration, source, windows, window, seed)
+    token_windows = _windows(model, plan, calibration, source, windows, window, seed, progress)
     return quantize_by_plan(model, plan, token_windows, source, owned, progress)
 
 
@@ -212,7 +215,8 @@ def quantize_by_plan(
     edited: set[str] = set()
     if method.settings.blockwise and windows is not None:
         walked = {name: fmt for name, fmt in formats.items() if not fmt.is_cast}
-        packed, accounts, edits = _walk(model, plan, method, walked, windows, progress)
+        mine = consume and observe is None and method.settings.edit == "none"  # nobody needs its float weights again
+        packed, accounts, edits = _walk(model if mine else copy.deepcopy(model), plan, method, walked, windows, progress)
         if edits:
             provenance["edits"] = summary(edits)
         if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
@@ -253,14 +257,13 @@ def _walk(
     windows: NDArray[np.integer[Any]],
     progress: Progress | None,
 ) -> tuple[dict[str, QTensor], dict[str, Account], list[Edit]]:
-    """A calibrated method on a copy of the model, whose weights it replaces on its way."""
-    copied = copy.deepcopy(model)
+    """A calibrated method on a model whose weights it replaces on its way."""
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
-    layers = {name: site.modules[0] for name, site in sites(copied).items()}
+    layers = {name: site.modules[0] for name, site in sites(model).items()}
     fused = [name for name, role in roles.items() if role == "query, key and value"]
     groups = {name: 3 for name in fused if len(weight_view(layers[name])) % 3 == 0}
     with quiet(), Workers() as workers:
-        walk = Walk(copied, layers, formats, method.settings, windows, groups, workers, progress)
+        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress)
         walk.run()
     return walk.tensors, walk.accounts, walk.edits
 
@@ -369,11 +372,20 @@ def _tagged(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, NDArray[Any]],
 
 
 def _windows(
-    model: PreTrainedModel, plan: Plan, calibration: Any, source: Path | None, count: int, length: int | None, seed: int
+    model: PreTrainedModel,
+    plan: Plan,
+    calibration: Any,
+    source: Path | None,
+    count: int,
+    length: int | None,
+    seed: int,
+    progress: Progress | None,
 ) -> NDArray[np.int64] | None:
     """Calibration as token windows, None where the method reads none."""
     if calibration is None or not parse_method(plan.recipe.method).uses_calibration:
         return None
+    if isinstance(calibration, str) and calibration == SELF:
+        return written_windows(model, count, length, seed, partial(progress, "writing calibration text") if progress else None)
     if isinstance(calibration, str) or (isinstance(calibration, list | tuple) and all(isinstance(t, str) for t in calibration)):
         return _windows_of_text(model, calibration, source, count, length, seed)
     windows = np.asarray(calibration)

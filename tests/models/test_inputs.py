@@ -254,7 +254,8 @@ def test_outliers_are_counted(tiny: Callable[..., Any], ids: torch.Tensor, logit
         (
             "int8",
             "static",
-            "method static reads calibration text; give some (--calibrate FILE; not the text that scores), or use dynamic, which needs none",
+            "method static reads calibration text; give some, other than the text that scores (--calibrate FILE), "
+            "let the model write it (--calibrate self), or use dynamic, which needs none",
         ),
     ],
 )

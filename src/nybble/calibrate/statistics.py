@@ -42,8 +42,9 @@ class Statistics:
         """
         assert self.cross is not None
         moment = self.moments[index]
-        eye = torch.eye(len(moment), dtype=torch.float64)
-        lower, failed = torch.linalg.cholesky_ex(moment + max(ridge, 1e-6) * moment.diagonal().mean() * eye)
+        damped = moment.clone()
+        damped.diagonal().add_(max(ridge, 1e-6) * moment.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             return weight
         pull = weight @ (self.cross[index] - moment)
@@ -83,7 +84,7 @@ class Sums:
         factor = 2 / max(1, self.tokens)
         moments = []
         for moment in self.moments:
-            upper = moment.double().triu().mul_(factor)
+            upper = moment.double().triu_().mul_(factor)  # `moment` is not used again
             moments.append(upper.add_(upper.triu(1).T))
         return Statistics(moments, [cross.double() * factor for cross in self.cross] or None, self.tokens)
 

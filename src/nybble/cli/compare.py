@@ -43,7 +43,10 @@ def run(
         list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
-    calibrate: Annotated[Path | None, typer.Option(help="Calibration text, for methods that read any (gptq, best, ...).")] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Calibration text, for methods that read any; self: the model writes it."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
 ) -> None:
     """Measure, write the output folder, show the table."""

@@ -31,7 +31,10 @@ def run(
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
     calibrate: Annotated[
-        Path | None, typer.Option(help="Calibration text, for methods that read any: .txt, .json (strings), .jsonl (key text).")
+        Path | None,
+        typer.Option(
+            help="Calibration text for methods that read any: .txt, .json (strings), .jsonl (key text); self: written by the model."
+        ),
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
     window: Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")] = None,
@@ -52,7 +55,7 @@ def run(
     if wanted.settings.calibrated and calibrate is None:
         raise wanted.lacks_calibration()
     check_output(output, force, marker="config.json")
-    calibration = read_text(calibrate) if calibrate else None
+    calibration = None if calibrate is None else "self" if str(calibrate) == "self" else read_text(calibrate)
     rules = console.parse_rules(rule or ())
     folder = resolve(model, download=True)
     check_float(open_checkpoint(folder))

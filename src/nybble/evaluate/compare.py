@@ -69,6 +69,7 @@ def compare(
 
     `text` is a file; by default the held-out part of this Python's own standard library. `shape` measures random weights
     of a known shape instead: memory and speed only. `windows` windows of `window` tokens are scored under `protocol`.
+    `calibrate` is a file too, other than `text`, or "self": text that the model writes.
     `work` is a folder for scratch files (default: the system's); `on_record` is called as each record is complete.
     Raises NybbleError subclasses: wrong arguments, unusable model or text, weights that are not finite, a worker that died.
     """
@@ -85,11 +86,13 @@ def compare(
         evaluation, text_facts = _evaluation_text(text, scratch) if has_text else (None, None)
         if prompt is None and has_text:
             prompt = DEMO_PROMPT if model is None else _first_words(Path(evaluation or "").read_text(encoding="utf-8"))
-        calibration = None
-        if calibrate is not None or (model is None and has_text):
-            calibration = scratch / "calibration.txt"
+        calibration: Path | str | None = None
+        if str(calibrate) == "self":
+            calibration = "self"
+        elif calibrate is not None or (model is None and has_text):
+            path_of_text = calibration = scratch / "calibration.txt"
             text_of_model = read_text(calibrate) if calibrate is not None else calibration_text()
-            calibration.write_text(text_of_model, encoding="utf-8")
+            path_of_text.write_text(text_of_model, encoding="utf-8")
         # All that can be checked without the model is, before one is downloaded.
         folder = scratch / "shape" if shape else (resolve(model, download) if model is not None else demo.model_folder())
         job = Job(

@@ -54,7 +54,7 @@ class Job:
     keep: tuple[str, ...]
     rules: tuple[tuple[str, str], ...]
     calibration: str | None
-    """Path of the calibration text in `work`."""
+    """Path of the calibration text in `work`, or `self`."""
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")

@@ -261,11 +261,14 @@ def _check_prompt(job: Job, model: Any) -> None:
 def _calibration(job: Job, model: Any, methods: list[str]) -> Any:
     """Calibration windows for the methods that read any; None where there is no text or no such method."""
     from nybble.calibrate.windows import calibration_windows, encode
+    from nybble.calibrate.written import SELF, written_windows
     from nybble.methods import parse_method
     from nybble.models.loading import context_length, load_tokenizer
 
     if job.calibration is None or not any(m != "cast" and parse_method(m).uses_calibration for m in methods):
         return None
+    if job.calibration == SELF:
+        return written_windows(model, seed=job.seed)
     ids, bos = encode(load_tokenizer(job.folder), Path(job.calibration).read_text(encoding="utf-8"))
     return calibration_windows(ids, context_length(model), bos, seed=job.seed)
 

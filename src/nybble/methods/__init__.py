@@ -44,8 +44,8 @@ class Method:
         """The error for a method that must have calibration text and is given none: says what to do."""
         instead = "dynamic" if self.settings.activations == "static" and not self.settings.blockwise else "rtn:mse"
         return UsageError(
-            f"method {self} reads calibration text; give some (--calibrate FILE; not the text that scores), "
-            f"or use {instead}, which needs none"
+            f"method {self} reads calibration text; give some, other than the text that scores (--calibrate FILE), "
+            f"let the model write it (--calibrate self), or use {instead}, which needs none"
         )
 
     def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None) -> QTensor:

@@ -61,7 +61,7 @@ def choose(
     shared = None
     if not fmt.independent or fmt.blocks((weight.shape[0], weight.shape[1]))[0] == 1:  # params that rows share
         shared = fit_params(fmt, weight, settings.scales, _normalised(stats.importance()))
-    work = _Weight(torch.from_numpy(weight.astype(np.float64)), fmt, settings, Snap(fmt), plain, shared)
+    work = _Weight(torch.from_numpy(weight), fmt, settings, Snap(fmt), plain, shared)
     damping = 0.0
     dead = 0
     for rows, index in stats.parts(weight.shape[0]):
@@ -92,10 +92,11 @@ class _Weight:
         columns = self.weight.shape[1]
         hessian = stats.moments[index]
         factor = factorize(hessian, self.settings.damp, self.settings.order, self.fmt.block(columns))
-        damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
-        target = self.weight[rows]
+        damped = hessian.clone()
+        damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+        target = self.weight[rows]  # float32: in float64 a head's would be the most memory of all
         if self.settings.target > 0 and stats.cross is not None:
-            target = stats.target(target, index, self.settings.target, self.settings.ridge)
+            target = stats.target(target.double(), index, self.settings.target, self.settings.ridge)
         if self.shared is not None:
             grid: Grid | None = rows_of(grid_of(self.fmt, self.shared), rows, len(self.weight))
         else:
@@ -115,7 +116,7 @@ class _Weight:
     ) -> None:
         fmt, settings, snap = self.fmt, self.settings, self.snap
         inside = slice(rows.start - part.start, rows.stop - part.start)
-        goal = target[inside]
+        goal, weight = target[inside].double(), self.weight[rows].double()
         mine = None if grid is None else rows_of(grid, inside, len(target))
         if settings.feedback:
             got = round_with_feedback(goal, factor, fmt, mine, settings.scales, snap)
@@ -139,11 +140,11 @@ class _Weight:
             self.result.scale[rows] = got.scale
             if self.result.offset is not None and got.offset is not None:
                 self.result.offset[rows] = got.offset
-        self.energies[rows] = loss_of(self.weight[rows], hessian)
+        self.energies[rows] = loss_of(weight, hessian)
         aims_at_weight = not settings.target
-        self.before[rows] = of_plain if aims_at_weight else loss_of(plain_value - self.weight[rows], hessian)
+        self.before[rows] = of_plain if aims_at_weight else loss_of(plain_value - weight, hessian)
         known = aims_at_weight and not settings.refine
-        self.after[rows] = losses if known else loss_of(decode(fmt, got, snap) - self.weight[rows], hessian)
+        self.after[rows] = losses if known else loss_of(decode(fmt, got, snap) - weight, hessian)
 
     def _plain(self, rows: slice) -> Chosen:
         return Chosen(self.plain.codes[rows], *rows_of((self.plain.scale, self.plain.offset), rows, len(self.weight)))

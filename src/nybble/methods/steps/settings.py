@@ -45,7 +45,7 @@ class Settings:
     tune: int = 0
     """Steps of tuning all layers together against the float model's predictions."""
     taper: bool = False
-    """So many steps for formats of up to 3 bits only, a quarter of them for 4, none for more."""
+    """Tune formats of up to 3 bits only."""
     batch: int = 8
     """Windows of each such step."""
     travel: float = 0.006
@@ -94,9 +94,7 @@ class Settings:
     def steps_of_tuning(self, bits: int) -> int:
         """Steps of tuning for codes of so many bits. A step costs the same at every size, and what it can gain shrinks with
         the error: a fourth with each bit."""
-        if not self.taper or bits <= 3:
-            return self.tune
-        return self.tune // 4 if bits == 4 else 0
+        return self.tune if not self.taper or bits <= 3 else 0
 
     @property
     def float_stream(self) -> bool:
