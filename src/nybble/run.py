@@ -38,6 +38,7 @@ from nybble.formats.activations import Activations
 from nybble.methods import Method, parse_method
 from nybble.methods.steps.choose import Account
 from nybble.methods.steps.observe import static_grid
+from nybble.models.activations import quick_activations
 from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
 from nybble.models.float_weights import float_weight, weight_view
@@ -262,7 +263,7 @@ def _walk(
     layers = {name: site.modules[0] for name, site in sites(model).items()}
     fused = [name for name, role in roles.items() if role == "query, key and value"]
     groups = {name: 3 for name in fused if len(weight_view(layers[name])) % 3 == 0}
-    with quiet(), Workers() as workers:
+    with quiet(), quick_activations(model), Workers() as workers:
         walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress)
         walk.run()
     return walk.tensors, walk.accounts, walk.edits

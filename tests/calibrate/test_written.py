@@ -17,7 +17,8 @@ from nybble.errors import NumericError, UsageError
 def test_windows_are_the_models_own_and_the_seeds(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
     windows = written_windows(model, BATCH + 3, 12, seed=5)
-    assert windows.shape == (BATCH + 3, 12) and windows.dtype == np.int64
+    assert windows.shape == (BATCH + 3, 12)
+    assert windows.dtype == np.int64
     assert len({row.tobytes() for row in windows}) == len(windows)
     np.testing.assert_array_equal(windows, written_windows(model, BATCH + 3, 12, seed=5))
     assert (windows != written_windows(model, BATCH + 3, 12, seed=6)).any()

@@ -33,7 +33,7 @@ def run(
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="Calibration text for methods that read any: .txt, .json (strings), .jsonl (key text); self: written by the model."
+            help="Calibration text for methods that read any: .txt, .json (strings), .jsonl (key text); self: the model writes it"
         ),
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
