@@ -25,8 +25,20 @@ def model_and_text(name: str) -> tuple[Path, str]:
     return folder, (DATA / "text" / "tinystories" / "validation_first1000.txt").read_text(encoding="utf-8")[:400_000]
 
 
-@pytest.mark.parametrize("spec", ["int4:g64", "int3:g64", "int2:g64"])
-@pytest.mark.parametrize("name", ["stdlib-gpt2-6m", "stories260k-llama"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        pytest.param("stdlib-gpt2-6m", "int4:g64", marks=SLOW),
+        ("stdlib-gpt2-6m", "int3:g64"),
+        pytest.param("stdlib-gpt2-6m", "int2:g64", marks=SLOW),
+        ("stories260k-llama", "int4:g64"),
+        ("stories260k-llama", "int3:g64"),
+        ("stories260k-llama", "int2:g64"),
+    ],
+)
 def test_gptq_loses_less_than_rounding_in_every_layer(name: str, spec: str) -> None:
     model, text = model_and_text(name)
     result = nybble.quantize(model, spec, "gptq", text, windows=WINDOWS, window=WINDOW)

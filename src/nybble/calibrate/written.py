@@ -1,13 +1,15 @@
 """Calibration windows that the model writes itself, where there is no text to calibrate on.
 
 Tokens are sampled from the model's own predictions, one after the other, as LLM-QAT (arXiv 2305.17888) makes its training
-data: what the model says is spread as what it was trained on, as far as it learnt that. Batches have a fixed size and a
-generator of their own each, so that the number of threads changes nothing.
+data: what the model says is spread as what it was trained on, as far as it learnt that. On one thread, so that the number of
+threads changes nothing, and the one that the program began with: a cache that grows with every token leaves other threads'
+memory in pieces, gigabytes of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,22 +50,19 @@ def written_windows(
         raise UsageError(f"calibration windows of {length} tokens: the model's context allows 2 to {context}")
     if count < 1:
         raise UsageError(f"{count} calibration windows asked for; at least 1 is needed")
-    total = -(-count // BATCH) * (length - 1)
-    done = 0
+    steps = -(-count // BATCH) * (length - 1)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[NDArray[np.int64]] = []
+    with quiet(), Workers(), torch.inference_mode():
+        for first in range(0, count, BATCH):
+            start = _first_tokens(config, min(BATCH, count - first), generator)
+            found.append(_write(model, start, length, generator, partial(_tick, progress, len(found) * (length - 1), steps)))
+    return np.concatenate(found)
 
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress and done % 16 == 0:
-            progress(done, total)
 
-    def batch(first: int) -> NDArray[np.int64]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
-        rows = min(BATCH, count - first)
-        return _write(model, _first_tokens(config, rows, generator), length, generator, tick)
-
-    with quiet(), Workers() as workers, torch.inference_mode():
-        return np.concatenate(list(workers.map(batch, range(0, count, BATCH))))
+def _tick(progress: Progress | None, before: int, steps: int, done: int) -> None:
+    if progress and done % 16 == 0:
+        progress(before + done, steps)
 
 
 def _first_tokens(config: Any, rows: int, generator: torch.Generator) -> Tensor:
@@ -74,19 +73,18 @@ def _first_tokens(config: Any, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def _write(
-    model: nn.Module, tokens: Tensor, length: int, generator: torch.Generator, tick: Callable[[], None]
+    model: nn.Module, tokens: Tensor, length: int, generator: torch.Generator, tick: Callable[[int], None]
 ) -> NDArray[np.int64]:
     written, cache = [tokens], None
-    with torch.inference_mode():  # of this thread
-        for _ in range(length - 1):
-            output = model(tokens, past_key_values=cache, use_cache=True)
-            cache = getattr(output, "past_key_values", None)
-            if cache is None or not hasattr(output, "logits"):
-                raise UsageError(f"{type(model).__name__} writes no text of its own; give calibration text")
-            chances = output.logits[:, -1].float().softmax(-1)
-            if not bool(torch.isfinite(chances).all()):
-                raise NumericError("the model's predictions are not finite; it cannot write its own calibration text")
-            tokens = torch.multinomial(chances, 1, generator=generator)
-            written.append(tokens)
-            tick()
+    for step in range(1, length):
+        output = model(tokens, past_key_values=cache, use_cache=True)
+        cache = getattr(output, "past_key_values", None)
+        if cache is None or not hasattr(output, "logits"):
+            raise UsageError(f"{type(model).__name__} writes no text of its own; give calibration text")
+        chances = output.logits[:, -1].float().softmax(-1)
+        if not bool(torch.isfinite(chances).all()):
+            raise NumericError("the model's predictions are not finite; it cannot write its own calibration text")
+        tokens = torch.multinomial(chances, 1, generator=generator)
+        written.append(tokens)
+        tick(step)
     return torch.cat(written, 1).numpy()
