@@ -38,7 +38,7 @@ $(VENV)/.installed: $(NATIVE) $(VENV)/.packages
 	@touch $@
 
 compare: setup
-	$(BIN)/nybble compare --force -o out/compare
+	$(BIN)/nybble compare --variants default,int4:g64+gptq,int3:g64+best:tune=0 --force -o out/compare
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
