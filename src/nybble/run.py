@@ -157,14 +157,15 @@ def quantize(
     windows: int = CALIBRATION_WINDOWS,
     window: int | None = None,
     seed: int = 0,
+    packing: bool = True,
 ) -> Quantized:
     """Quantize a model folder, or a transformers model in memory (which is left as it is).
 
     `format` is a spec string (`int4:g64`, `nf4:g64,dq`, `fp16`), `method` too (`rtn`, `gptq`, `gptq:refine=3`, `best`).
     `calibration` is token windows, integers [windows, tokens], or text, of which `windows` windows of `window` tokens (the
     model's context, at most 2048) are drawn with `seed`, as is all that the method itself draws; or "self", and the model
-    writes them. Methods that use no data ignore it. `keep` names weights that stay in float (names or globs), `rules` gives
-    others a format of their own.
+    writes them. A list of texts is joined, or without `packing` each window lies in one of them. Methods that use no data
+    ignore it. `keep` names weights that stay in float (names or globs), `rules` gives others a format of their own.
     Raises UsageError for specs and patterns, InputError for the model or text, NumericError naming the tensor.
     """
     parsed = parse_method(method)
@@ -181,7 +182,7 @@ def quantize(
     elif any(isinstance(module, PackedWeight) for module in model.modules()):
         raise InputError(f"this {type(model).__name__} is quantized already; quantize the float model it was made from")
     plan = make_plan(describe(model, stored), recipe)
-    token_windows = _windows(model, plan, calibration, source, windows, window, seed, progress)
+    token_windows = _windows(model, plan, calibration, source, windows, window, seed, packing, progress)
     return quantize_by_plan(model, plan, token_windows, source, owned, progress)
 
 
@@ -380,6 +381,7 @@ def _windows(
     count: int,
     length: int | None,
     seed: int,
+    packing: bool,
     progress: Progress | None,
 ) -> NDArray[np.int64] | None:
     """Calibration as token windows, None where the method reads none."""
@@ -388,23 +390,33 @@ def _windows(
     if isinstance(calibration, str) and calibration == SELF:
         return written_windows(model, count, length, seed, partial(progress, "writing calibration text") if progress else None)
     if isinstance(calibration, str) or (isinstance(calibration, list | tuple) and all(isinstance(t, str) for t in calibration)):
-        return _windows_of_text(model, calibration, source, count, length, seed)
+        return _windows_of_text(model, calibration, source, count, length, seed, packing)
     windows = np.asarray(calibration)
     check_windows(model, windows)
     return windows
 
 
 def _windows_of_text(
-    model: PreTrainedModel, text: str | Sequence[str], source: Path | None, count: int, length: int | None, seed: int
+    model: PreTrainedModel,
+    text: str | Sequence[str],
+    source: Path | None,
+    count: int,
+    length: int | None,
+    seed: int,
+    packing: bool,
 ) -> NDArray[np.int64]:
-    from nybble.calibrate.windows import calibration_windows, encode
+    from nybble.calibrate.windows import calibration_windows, document_windows, encode
     from nybble.models.loading import context_length, load_tokenizer
 
     if source is None:
         raise InputError("calibration is text, but a model in memory has no tokenizer; give token windows [windows, tokens]")
-    joined = text if isinstance(text, str) else "\n\n".join(text)
-    ids, bos = encode(load_tokenizer(source), joined)
-    return calibration_windows(ids, context_length(model), bos, count, length, seed)
+    tokenizer, context = load_tokenizer(source), context_length(model)
+    texts = [text] if isinstance(text, str) else text
+    if packing:
+        ids, bos = encode(tokenizer, "\n\n".join(texts))
+        return calibration_windows(ids, context, bos, count, length, seed)
+    encoded = [encode(tokenizer, document) for document in texts if document.strip()]
+    return document_windows([ids for ids, _ in encoded], context, encoded[0][1] if encoded else None, count, length, seed)
 
 
 def _provenance(plan: Plan, source: Path | None) -> dict[str, Any]:

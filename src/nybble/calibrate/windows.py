@@ -25,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,15 @@ class Windows:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, line ends as they are.
+    """The text of a UTF-8 file: its documents (`read_documents`) joined by an empty line."""
+    return "\n\n".join(read_documents(path))
 
-    `.jsonl` gives the key "text" of every line, `.json` a list of strings, both joined by an empty line. Raises
-    InputError when the path is missing, a folder, empty (or white space only), not UTF-8, or not the JSON described.
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a UTF-8 file, line ends as they are.
+
+    `.jsonl` gives the key "text" of every line, `.json` a list of strings, any other file is one document. Raises InputError
+    when the path is missing, a folder, empty (or white space only), not UTF-8, or not the JSON described.
     """
     path = Path(path)
     if path.is_dir():
@@ -91,18 +97,18 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"text {path} is not UTF-8 (byte {error.start}); convert it first") from error
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read text {path}: {getattr(error, 'strerror', None) or error}") from error
+    documents = [text]
     if path.suffix == ".jsonl":
         # Split at line feeds only: str.splitlines would cut inside strings that hold U+2028 or U+0085.
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        text = "\n\n".join(_text_of_line(path, i, line) for i, line in lines)
+        documents = [_text_of_line(path, i, line) for i, line in lines]
     elif path.suffix == ".json":
-        parts = _parse_json(text, f"text {path}")
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        documents = _parse_json(text, f"text {path}")
+        if not isinstance(documents, list) or not all(isinstance(part, str) for part in documents):
             raise InputError(f"text {path} must hold a JSON list of strings")
-        text = "\n\n".join(parts)
-    if not text.strip():
+    if not any(document.strip() for document in documents):
         raise InputError(f"text {path} is empty; quality is measured on a text of at least one window")
-    return text
+    return documents
 
 
 def _text_of_line(path: Path, number: int, line: str) -> str:
@@ -236,3 +242,23 @@ def calibration_windows(
     drawn = np.sort(np.random.default_rng(seed).permutation(len(all_windows))[:count])
     picked: NDArray[np.int64] = all_windows[drawn]
     return picked
+
+
+def document_windows(
+    documents: Sequence[NDArray[np.int64]],
+    context: int,
+    bos: int | None = None,
+    count: int = CALIBRATION_WINDOWS,
+    length: int | None = None,
+    seed: int = 0,
+) -> NDArray[np.int64]:
+    """int64 [windows, length]: as `calibration_windows`, each window out of one document, int64 [T] each; what is shorter than
+    a window is left out. Raises as that does; InputError where no document fills a window."""
+    wanted = (length or min(context, CALIBRATION_LENGTH)) - (bos is not None)
+    long = [ids[: len(ids) // wanted * wanted] for ids in documents if 0 < wanted <= len(ids)]
+    if not long:
+        most = max((len(ids) for ids in documents), default=0)
+        raise InputError(
+            f"no document fills a calibration window of {wanted} tokens, the longest of {len(documents)} has {most}; pack them"
+        )
+    return calibration_windows(np.concatenate(long), context, bos, count, length, seed)

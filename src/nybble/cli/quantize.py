@@ -31,19 +31,21 @@ def run(
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
     calibrate: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Calibration text for methods that read any: .txt, .json (strings), .jsonl (key text); self: the model writes it"
+            help="Calibration text: FILE (.txt, .json, .jsonl), hub:DATASET[:CONFIG[:SPLIT]], or self: the model's own."
         ),
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
     window: Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")] = None,
+    packing: Annotated[bool, typer.Option(help="Cut windows from all documents joined, or each from one document.")] = True,
     seed: Annotated[int, typer.Option(help="Which windows are drawn, and whatever else a method draws.")] = 0,
     layers: Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
 ) -> None:
     """Check that the output can be written, quantize, save."""
-    from nybble.calibrate.windows import read_text
+    from nybble.calibrate.hub import HUB, hub_documents
+    from nybble.calibrate.windows import read_documents
     from nybble.files.folder import check_output
     from nybble.formats import parse_format
     from nybble.methods import parse_method
@@ -55,7 +57,9 @@ def run(
     if wanted.settings.calibrated and calibrate is None:
         raise wanted.lacks_calibration()
     check_output(output, force, marker="config.json")
-    calibration = None if calibrate is None else "self" if str(calibrate) == "self" else read_text(calibrate)
+    calibration: str | list[str] | None = calibrate
+    if calibrate is not None and calibrate != "self":
+        calibration = hub_documents(calibrate) if calibrate.startswith(HUB) else read_documents(calibrate)
     rules = console.parse_rules(rule or ())
     folder = resolve(model, download=True)
     check_float(open_checkpoint(folder))
@@ -74,6 +78,7 @@ def run(
             windows=windows,
             window=window,
             seed=seed,
+            packing=packing,
         )
         quantized.save(output, force)
     if layers and quantized.accounts:
