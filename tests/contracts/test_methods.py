@@ -126,5 +126,5 @@ def test_windows_longer_than_the_context_are_refused(tiny: Callable[..., Any]) -
 
 def test_encoders_are_not_tuned_without_predictions(tiny: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="use tune=0"):
-        nybble.quantize(tiny("bert").bert, "int4:g32", "best", WINDOWS)
-    assert nybble.quantize(tiny("bert").bert, "int4:g32", "best:tune=0", WINDOWS).accounts
+        nybble.quantize(tiny("bert").bert, "int3:g32", "best", WINDOWS)
+    assert nybble.quantize(tiny("bert").bert, "int3:g32", "best:tune=0", WINDOWS).accounts
