@@ -114,7 +114,7 @@ def test_what_the_hub_needs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command(nybble_command: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(["short", "too"]), encoding="utf-8")
     arguments = ["quantize", nybble.demo.model_folder(), "--to", "int4:g64", "--method", "gptq", "-o", tmp_path / "out"]
-    done = nybble_command(*arguments, "--calibrate", tmp_path / "a.json", "--no-packing")
+    done = nybble_command(*arguments, "--calibrate", tmp_path / "a.json", "--by-document")
     assert done.returncode != 0
     assert "no document fills a calibration window of 512 tokens" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -38,7 +38,9 @@ def run(
     ] = None,
     windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
     window: Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")] = None,
-    packing: Annotated[bool, typer.Option(help="Cut windows from all documents joined, or each from one document.")] = True,
+    by_document: Annotated[
+        bool, typer.Option("--by-document", help="Cut each window from one document, not from all joined.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Which windows are drawn, and whatever else a method draws.")] = 0,
     layers: Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
@@ -78,7 +80,7 @@ def run(
             windows=windows,
             window=window,
             seed=seed,
-            packing=packing,
+            packing=not by_document,
         )
         quantized.save(output, force)
     if layers and quantized.accounts:
