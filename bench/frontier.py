@@ -1,6 +1,6 @@
 """What each bit and each second buys: size, KL, perplexity, top 1, seconds and peak memory of formats and methods.
 
-    python bench/frontier.py                                              the model that ships; most of an hour on two cores
+    python bench/frontier.py                                              the model that ships; hours on two cores
     python bench/frontier.py --variants int4:g64+gptq,int4:g64+best
     python bench/frontier.py --model FOLDER --text held.txt --calibrate train.txt --json rows.jsonl
     python bench/frontier.py --calibrate self --variants int4:g32+best                            no data: the model writes it
@@ -8,8 +8,8 @@
 
 Only the linear layers of the blocks are quantized; tables, head, norms and biases stay float. 128 calibration windows of the
 context (at most 512 tokens), 100 windows of the same length scored side by side, all in nats per token over the float model.
-Every row is made in a process of its own, whose processor time and peak memory are those of reading the model, calibrating and
-choosing codes; scoring comes after both are read.
+Every row is made in a process of its own, whose processor time and peak memory are those of calibrating (making its windows
+included) and choosing codes; scoring comes after both are read.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def measure(model: str, text: str, calibrate: str, variant: str, seed: int) -> d
     import numpy as np
 
     import nybble
+    from nybble.calibrate.self_written import written_windows
+    from nybble.calibrate.source import SELF
     from nybble.calibrate.windows import calibration_windows, encode, read_text, token_windows
-    from nybble.calibrate.written import SELF, written_windows
     from nybble.evaluate.quality import LogitCache, evaluate
     from nybble.methods import parse_method
     from nybble.models.arch import table_for
@@ -59,23 +60,20 @@ def measure(model: str, text: str, calibrate: str, variant: str, seed: int) -> d
     length = min(LENGTH, context_length(float_model))
     tokenizer = load_tokenizer(model)
     windows = None
-    written = (0.0, 0.0)
+    start, before = time.perf_counter(), time.process_time()
     if parse_method(method).uses_calibration and calibrate.endswith(".bin"):
         pool = token_ids(calibrate, length)
         windows = pool[np.random.default_rng(seed).permutation(len(pool))[:CALIBRATION]]
     elif parse_method(method).uses_calibration and calibrate == SELF:
-        start, before = time.perf_counter(), time.process_time()
         windows = written_windows(float_model, CALIBRATION, length, seed)
-        written = time.perf_counter() - start, time.process_time() - before
     elif parse_method(method).uses_calibration:
         ids, bos = encode(tokenizer, read_text(calibrate))
         windows = calibration_windows(ids, context_length(float_model), bos, CALIBRATION, length, seed)
     keep = [
         name for name in table_for(float_model.config.model_type).others if any(name in n for n, _ in float_model.named_modules())
     ]
-    start, before = time.perf_counter(), time.process_time()
     quantized = nybble.quantize(float_model, spec, method, windows, keep=keep, seed=seed)
-    seconds, processor = written[0] + time.perf_counter() - start, written[1] + time.process_time() - before
+    seconds, processor = time.perf_counter() - start, time.process_time() - before
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if text.endswith(".bin"):
         held = token_windows(token_ids(text, length).reshape(-1), length, WINDOWS)

@@ -21,7 +21,7 @@ flags_of() { # the flags of one source, as CMakeLists.txt gives them
 }
 
 sources="$kernels/weight.cpp $kernels/cpu.cpp $kernels/threads.cpp $kernels/isa_scalar.cpp src/nybble/engine/engine.cpp
-  src/nybble/engine/sample.cpp tests/native/driver.cpp"
+  src/nybble/engine/attention.cpp src/nybble/engine/sample.cpp tests/native/driver.cpp"
 define=
 case $(uname -m) in
   x86_64 | amd64)

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from nybble.calibrate.histogram import input_histograms
 from nybble.calibrate.importance import check_windows, input_importance
+from nybble.calibrate.self_written import written_windows
+from nybble.calibrate.source import SELF
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
-from nybble.calibrate.written import SELF, written_windows
 from nybble.edits import Edit, apply_edits, summary
 from nybble.errors import InputError, NumericError, UsageError
 from nybble.files import safetensors
@@ -38,11 +39,11 @@ from nybble.formats.activations import Activations
 from nybble.methods import Method, parse_method
 from nybble.methods.steps.choose import Account
 from nybble.methods.steps.observe import static_grid
-from nybble.models.activations import quick_activations
 from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
 from nybble.models.float_weights import float_weight, weight_view
-from nybble.models.loading import DTYPES, lay_out_for_half, load_model, quiet
+from nybble.models.gelu import quick_activations
+from nybble.models.loading import DTYPES, evaluating, lay_out_for_half, load_model, quiet
 from nybble.models.packed import PackedWeight
 from nybble.models.replace import replace_weights
 from nybble.plan import Plan, Recipe, make_plan
@@ -182,8 +183,9 @@ def quantize(
     elif any(isinstance(module, PackedWeight) for module in model.modules()):
         raise InputError(f"this {type(model).__name__} is quantized already; quantize the float model it was made from")
     plan = make_plan(describe(model, stored), recipe)
-    token_windows = _windows(model, plan, calibration, source, windows, window, seed, packing, progress)
-    return quantize_by_plan(model, plan, token_windows, source, owned, progress)
+    with evaluating(model):
+        token_windows = _windows(model, plan, calibration, source, windows, window, seed, packing, progress)
+        return quantize_by_plan(model, plan, token_windows, source, owned, progress)
 
 
 def quantize_by_plan(
@@ -405,18 +407,18 @@ def _windows_of_text(
     seed: int,
     packing: bool,
 ) -> NDArray[np.int64]:
-    from nybble.calibrate.windows import calibration_windows, document_windows, encode
+    from nybble.calibrate.windows import calibration_windows, encode
     from nybble.models.loading import context_length, load_tokenizer
 
     if source is None:
-        raise InputError("calibration is text, but a model in memory has no tokenizer; give token windows [windows, tokens]")
-    tokenizer, context = load_tokenizer(source), context_length(model)
+        raise InputError(
+            'calibration is text, but a model in memory has no tokenizer; give token windows [windows, tokens] or "self"'
+        )
+    tokenizer = load_tokenizer(source)
     texts = [text] if isinstance(text, str) else text
-    if packing:
-        ids, bos = encode(tokenizer, "\n\n".join(texts))
-        return calibration_windows(ids, context, bos, count, length, seed)
-    encoded = [encode(tokenizer, document) for document in texts if document.strip()]
-    return document_windows([ids for ids, _ in encoded], context, encoded[0][1] if encoded else None, count, length, seed)
+    encoded = [encode(tokenizer, t) for t in (["\n\n".join(texts)] if packing else texts) if packing or t.strip()]
+    ids, bos = [ids for ids, _ in encoded], encoded[0][1] if encoded else None
+    return calibration_windows(ids[0] if packing else ids, context_length(model), bos, count, length, seed)
 
 
 def _provenance(plan: Plan, source: Path | None) -> dict[str, Any]:

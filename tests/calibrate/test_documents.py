@@ -14,8 +14,8 @@ import pytest
 
 import nybble
 import nybble.demo
-from nybble.calibrate.hub import hub_documents
-from nybble.calibrate.windows import document_windows, read_documents, read_text
+from nybble.calibrate.hub_datasets import hub_documents
+from nybble.calibrate.windows import calibration_windows, read_documents, read_text
 from nybble.errors import InputError, UsageError
 
 
@@ -35,21 +35,21 @@ def test_documents_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bos", [None, 1])
 def test_every_window_lies_in_one_document(bos: int | None) -> None:
     documents = [np.arange(start, start + size) for start, size in ((100, 9), (200, 25), (300, 4), (400, 10))]
-    windows = document_windows(documents, 64, bos, 100, 5)
+    windows = calibration_windows(documents, 64, bos, 100, 5)
     text = windows if bos is None else windows[:, 1:]
     assert {tuple(row // 100) for row in text} <= {(n,) * text.shape[1] for n in (1, 2, 3, 4)}
     assert (np.diff(text, axis=1) == 1).all()
     assert len(windows) == (1 + 5 + 0 + 2 if bos is None else 2 + 6 + 1 + 2)
     if bos is not None:
         assert (windows[:, 0] == bos).all()
-    some = document_windows(documents, 64, bos, 3, 5, seed=1)
+    some = calibration_windows(documents, 64, bos, 3, 5, seed=1)
     assert len(some) == 3
     assert {row.tobytes() for row in some} <= {row.tobytes() for row in windows}
 
 
 def test_documents_that_are_too_short() -> None:
     with pytest.raises(InputError, match="no document fills a calibration window of 8 tokens, the longest of 2 has 7; pack them"):
-        document_windows([np.arange(7), np.arange(3)], 64, None, 4, 8)
+        calibration_windows([np.arange(7), np.arange(3)], 64, None, 4, 8)
 
 
 def test_quantize_without_packing() -> None:

@@ -104,6 +104,6 @@ def test_positions_begin_beside_their_codes() -> None:
 
 
 @pytest.mark.parametrize(("bits", "steps"), [(2, 200), (3, 200), (4, 0), (8, 0)])
-def test_taper(bits: int, steps: int) -> None:
-    assert Settings(tune=200, taper=True).steps_of_tuning(bits) == steps
+def test_formats_with_many_bits_are_not_tuned(bits: int, steps: int) -> None:
+    assert Settings(tune=200, tune_bits=3).steps_of_tuning(bits) == steps
     assert Settings(tune=200).steps_of_tuning(bits) == 200

@@ -170,6 +170,7 @@ def test_the_source_archive_has_what_a_build_needs(tmp_path: Path) -> None:
         "requirements.lock",
         "tools/with_compiler.sh",
         "src/nybble/kernels/module.cpp",
+        "src/nybble/engine/state.hpp",
         "src/nybble/kernels/body_product.hpp",
         "src/nybble/demo/model/model.safetensors",
         "tests/kernels/test_guard_pages.py",

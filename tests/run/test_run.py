@@ -151,6 +151,24 @@ def test_the_seed_reaches_what_a_method_draws(tiny: Callable[..., Any]) -> None:
     assert len(one.provenance["calibration"]["sha256"]) == 64
 
 
+@pytest.mark.parametrize("calibration", ["self", "windows"])
+def test_a_model_in_training_is_calibrated_without_dropout(calibration: str, tiny: Callable[..., Any]) -> None:
+    def made(model: Any) -> nybble.Quantized:
+        given = WINDOWS if calibration == "windows" else calibration
+        return nybble.quantize(model, "int3:g32", "gptq", given, windows=4, window=8)
+
+    model = tiny("gpt2").train()
+    model.transformer.h[1].eval()
+    assert model.transformer.drop.p > 0
+    trained, still = made(model), made(tiny("gpt2"))
+    assert trained.provenance["calibration"] == still.provenance["calibration"]
+    for name, tensor in still.tensors.items():
+        np.testing.assert_array_equal(trained.tensors[name].codes, tensor.codes)
+    assert model.training
+    assert not model.transformer.h[1].training
+    assert not trained.model().training
+
+
 def test_calibration_text_for_a_model_in_memory_is_refused(tiny: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match="give token windows"):
         nybble.quantize(tiny("gpt2"), "int4:g32", "rtn:mse", "some text")

@@ -220,7 +220,7 @@ CALIBRATION_LENGTH = 2048
 
 
 def calibration_windows(
-    ids: NDArray[np.int64],
+    ids: NDArray[np.int64] | Sequence[NDArray[np.int64]],
     context: int,
     bos: int | None = None,
     count: int = CALIBRATION_WINDOWS,
@@ -229,14 +229,17 @@ def calibration_windows(
 ) -> NDArray[np.int64]:
     """int64 [windows, length]: windows side by side, and of more than `count` so many drawn with the seed, in text order.
 
-    Fewer where the text has no more. Raises UsageError for a length beyond the context, InputError where the text does not
-    fill one window.
+    `ids`, int64 [T], is one text; of a sequence of them each window lies in one, and what is left over of each is left out.
+    Fewer windows where there is no more text. Raises UsageError for a length beyond the context, InputError where no text
+    fills a window.
     """
     if length is not None and length > context:
         raise UsageError(f"calibration window of {length} tokens is longer than the model's context of {context}")
     if count < 1:
         raise UsageError(f"{count} calibration windows asked for; at least 1 is needed")
-    all_windows = token_windows(ids, length or min(context, CALIBRATION_LENGTH), None, bos).ids
+    length = length or min(context, CALIBRATION_LENGTH)
+    text = ids if isinstance(ids, np.ndarray) else _whole_windows(ids, length - (bos is not None))
+    all_windows = token_windows(text, length, None, bos).ids
     if len(all_windows) <= count:
         return all_windows
     drawn = np.sort(np.random.default_rng(seed).permutation(len(all_windows))[:count])
@@ -244,21 +247,12 @@ def calibration_windows(
     return picked
 
 
-def document_windows(
-    documents: Sequence[NDArray[np.int64]],
-    context: int,
-    bos: int | None = None,
-    count: int = CALIBRATION_WINDOWS,
-    length: int | None = None,
-    seed: int = 0,
-) -> NDArray[np.int64]:
-    """int64 [windows, length]: as `calibration_windows`, each window out of one document, int64 [T] each; what is shorter than
-    a window is left out. Raises as that does; InputError where no document fills a window."""
-    wanted = (length or min(context, CALIBRATION_LENGTH)) - (bos is not None)
-    long = [ids[: len(ids) // wanted * wanted] for ids in documents if 0 < wanted <= len(ids)]
-    if not long:
-        most = max((len(ids) for ids in documents), default=0)
+def _whole_windows(texts: Sequence[NDArray[np.int64]], size: int) -> NDArray[np.int64]:
+    """Texts one after the other, of each as many whole windows of `size` tokens as it has."""
+    parts = [ids[: len(ids) // size * size] for ids in texts if 0 < size <= len(ids)]
+    if not parts:
+        most = max((len(ids) for ids in texts), default=0)
         raise InputError(
-            f"no document fills a calibration window of {wanted} tokens, the longest of {len(documents)} has {most}; pack them"
+            f"no document fills a calibration window of {size} tokens, the longest of {len(texts)} has {most}; pack them"
         )
-    return calibration_windows(np.concatenate(long), context, bos, count, length, seed)
+    return np.concatenate(parts)

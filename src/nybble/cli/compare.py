@@ -44,8 +44,8 @@ def run(
     ] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
     calibrate: Annotated[
-        Path | None,
-        typer.Option(help="Calibration text, for methods that read any; self: the model writes it."),
+        str | None,
+        typer.Option(help="Calibration text for methods that read any: FILE, hub:DATASET, or self: the model's own."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
 ) -> None:

@@ -46,8 +46,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
 ) -> None:
     """Check that the output can be written, quantize, save."""
-    from nybble.calibrate.hub import HUB, hub_documents
-    from nybble.calibrate.windows import read_documents
+    from nybble.calibrate.source import read_calibration
     from nybble.files.folder import check_output
     from nybble.formats import parse_format
     from nybble.methods import parse_method
@@ -59,9 +58,7 @@ def run(
     if wanted.settings.calibrated and calibrate is None:
         raise wanted.lacks_calibration()
     check_output(output, force, marker="config.json")
-    calibration: str | list[str] | None = calibrate
-    if calibrate is not None and calibrate != "self":
-        calibration = hub_documents(calibrate) if calibrate.startswith(HUB) else read_documents(calibrate)
+    calibration = None if calibrate is None else read_calibration(calibrate)
     rules = console.parse_rules(rule or ())
     folder = resolve(model, download=True)
     check_float(open_checkpoint(folder))

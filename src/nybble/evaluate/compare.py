@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble import demo, kernels
+from nybble.calibrate.source import SELF, read_calibration
 from nybble.calibrate.windows import PROTOCOLS, read_text
 from nybble.demo.text import calibration_text
 from nybble.errors import InputError, UsageError, unknown_name
@@ -69,7 +70,7 @@ def compare(
 
     `text` is a file; by default the held-out part of this Python's own standard library. `shape` measures random weights
     of a known shape instead: memory and speed only. `windows` windows of `window` tokens are scored under `protocol`.
-    `calibrate` is a file too, other than `text`, or "self": text that the model writes.
+    `calibrate` is another text for methods that read any: a file, `hub:DATASET`, or `self`, and the model writes it.
     `work` is a folder for scratch files (default: the system's); `on_record` is called as each record is complete.
     Raises NybbleError subclasses: wrong arguments, unusable model or text, weights that are not finite, a worker that died.
     """
@@ -87,12 +88,12 @@ def compare(
         if prompt is None and has_text:
             prompt = DEMO_PROMPT if model is None else _first_words(Path(evaluation or "").read_text(encoding="utf-8"))
         calibration: Path | str | None = None
-        if str(calibrate) == "self":
-            calibration = "self"
-        elif calibrate is not None or (model is None and has_text):
-            path_of_text = calibration = scratch / "calibration.txt"
-            text_of_model = read_text(calibrate) if calibrate is not None else calibration_text()
-            path_of_text.write_text(text_of_model, encoding="utf-8")
+        documents = None if calibrate is None else read_calibration(str(calibrate))
+        if documents == SELF:
+            calibration = SELF
+        elif documents is not None or (model is None and has_text):
+            calibration = scratch / "calibration.txt"
+            calibration.write_text("\n\n".join(documents) if documents else calibration_text(), encoding="utf-8")
         # All that can be checked without the model is, before one is downloaded.
         folder = scratch / "shape" if shape else (resolve(model, download) if model is not None else demo.model_folder())
         job = Job(

@@ -260,8 +260,9 @@ def _check_prompt(job: Job, model: Any) -> None:
 
 def _calibration(job: Job, model: Any, methods: list[str]) -> Any:
     """Calibration windows for the methods that read any; None where there is no text or no such method."""
+    from nybble.calibrate.self_written import written_windows
+    from nybble.calibrate.source import SELF
     from nybble.calibrate.windows import calibration_windows, encode
-    from nybble.calibrate.written import SELF, written_windows
     from nybble.methods import parse_method
     from nybble.models.loading import context_length, load_tokenizer
 

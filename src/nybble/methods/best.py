@@ -9,4 +9,4 @@ Every step can be turned off or changed (`best:tune=0`, `best:refine=1`); docs/l
 
 from nybble.methods.steps.settings import Settings
 
-SETTINGS = Settings(feedback=True, scales="search", target=1.0, refine=3, tune=150, travel=0.013, taper=True)
+SETTINGS = Settings(feedback=True, scales="search", target=1.0, refine=3, tune=150, travel=0.013, tune_bits=3)

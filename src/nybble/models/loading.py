@@ -175,11 +175,24 @@ def quiet() -> Iterator[None]:
             logger.enable_progress_bar()
 
 
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within it no part of a model is in training mode: nothing drops out. What was, is again after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 __all__ = [
     "DTYPES",
     "check_finite",
     "context_length",
     "empty_model",
+    "evaluating",
     "lay_out_for_half",
     "load_model",
     "load_tokenizer",

@@ -44,8 +44,8 @@ class Settings:
     """Rounds of refinement of codes, scales and offsets after rounding."""
     tune: int = 0
     """Steps of tuning all layers together against the float model's predictions."""
-    taper: bool = False
-    """Tune formats of up to 3 bits only."""
+    tune_bits: int = 8
+    """Most bits of a format that is tuned."""
     batch: int = 8
     """Windows of each such step."""
     travel: float = 0.006
@@ -94,7 +94,7 @@ class Settings:
     def steps_of_tuning(self, bits: int) -> int:
         """Steps of tuning for codes of so many bits. A step costs the same at every size, and what it can gain shrinks with
         the error: a fourth with each bit."""
-        return self.tune if not self.taper or bits <= 3 else 0
+        return self.tune if bits <= self.tune_bits else 0
 
     @property
     def float_stream(self) -> bool:

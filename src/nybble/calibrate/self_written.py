@@ -22,8 +22,6 @@ from nybble.calibrate.workers import Workers
 from nybble.errors import NumericError, UsageError
 from nybble.models.loading import context_length, quiet
 
-SELF = "self"
-"""What stands in the place of a text to ask for these windows."""
 BATCH = 32
 """Windows written side by side."""
 

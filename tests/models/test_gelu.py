@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from nybble.models.activations import SAME_AS_TANH, quick_activations
+from nybble.models.gelu import SAME_AS_TANH, quick_activations
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_fast"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import nybble
-from nybble.calibrate.written import BATCH, written_windows
+from nybble.calibrate.self_written import BATCH, written_windows
 from nybble.errors import NumericError, UsageError
 
 
