@@ -144,6 +144,7 @@ def test_the_layout_takes_the_bytes_that_were_stored(of_kind: Any, packed: Any, 
         weight = packed(of_kind(bits), 512, 768, 64)
         stored = weight.packed.nbytes + weight.scale.nbytes
         assert kernels.lay(*weight).nbytes == stored
+        assert kernels.lay(*packed(of_kind(bits), 512, 768, 32)).nbytes == stored + 512 * 24 + (512 if bits <= 4 else 0)
     ragged = packed(of_kind(4), 50257 // 100, 100, 32)
     filled = (512 // 16 * 16) * 128 / 2
     assert kernels.lay(*ragged).nbytes < 1.05 * (filled + 512 * 4 * 2)

@@ -232,6 +232,55 @@ for exact in (True, False):
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-500:]}"
 
 
+@pytest.mark.parametrize("block", [16, 32, 96])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("half", [True, False])
+def test_scales_as_whole_numbers(half: bool, bits: int, block: int, of_kind: Any, packed: Any, each_set: Walk) -> None:
+    """Scales of both signs and all sizes in one row: what the fast mode makes of them, and how far off that is."""
+    weight = packed(of_kind(bits), 33, 300, block)
+    random = np.random.default_rng(bits)
+    scale = random.normal(size=weight.scale.shape) * 2.0 ** random.integers(-12, 1, weight.scale.shape)
+    scale[3] = 0
+    scale[4] = [-1, *[2.0**-20] * (scale.shape[1] - 1)]
+    scale[5] = 0.99999 * 2.0**-3  # no half, and as a whole number one too large
+    weight = weight._replace(scale=scale.astype(np.float16 if half else np.float32))
+    wide = weight.scale.astype(np.float64)
+    top = np.abs(wide).max(1, keepdims=True)
+    taken = reference.whole_scales(weight).astype(np.float64)
+    assert (np.abs(taken - wide) <= 2.0**-15 * top).all()
+    assert not np.array_equal(taken, wide)
+    if half:
+        near = np.abs(wide) >= top / 16
+        np.testing.assert_array_equal(taken[near], wide[near])
+    x, first = activations(300), dict[int, Floats]()
+    wanted, bound = fast_of(weight, x), fast_bound(x, weight)
+    for _ in each_set():
+        laid = kernels.lay(*weight)
+        for count in COUNTS:
+            got = kernels.product(x[:count], laid, False)
+            assert (np.abs(got - wanted[:count]) <= bound[:count]).all()
+            np.testing.assert_array_equal(got, first.setdefault(count, got))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 2.0**100, 2.0**-100])
+def test_scales_that_are_no_whole_numbers_are_kept(value: float, of_kind: Any, packed: Any, each_set: Walk) -> None:
+    weight = packed(of_kind(4), 33, 172, 32, half=False)
+    scale = weight.scale.copy()
+    scale[7, :] = value
+    weight = weight._replace(scale=scale)
+    assert reference.whole_scales(weight) is weight.scale
+    x, others, first = activations(172), np.arange(33) != 7, dict[int, Floats]()
+    with np.errstate(invalid="ignore"):
+        wanted, bound = fast_of(weight, x), fast_bound(x, weight)
+    for _ in each_set():
+        laid = kernels.lay(*weight)
+        for count in COUNTS:
+            got = kernels.product(x[:count], laid, False)
+            assert (np.abs(got - wanted[:count]) <= bound[:count])[:, others].all()
+            assert np.isfinite(value) or not np.isfinite(got[:, 7]).any()
+            np.testing.assert_array_equal(got, first.setdefault(count, got))
+
+
 @pytest.mark.parametrize("half", [True, False])
 def test_subnormal_scales(half: bool, of_kind: Any, packed: Any, each_set: Walk) -> None:
     for kind in (of_kind(4), of_kind(8, "from 0", "zero"), of_kind(4, "table")):

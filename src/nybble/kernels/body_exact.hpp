@@ -112,7 +112,7 @@ static void exact_codes(const Tiled& w, std::size_t tile, const float* x, float*
         take(step<B, 1>(unit), 1);
         take(step<B, 2>(unit), 2);
         take(step<B, 3>(unit), 3);
-        if (w.halves) grid(begin + kUnit / 2);
+        if (w.part < kUnit) grid(begin + kUnit / 2);
         take(step<B, 4>(unit), 4);
         take(step<B, 5>(unit), 5);
         take(step<B, 6>(unit), 6);

@@ -13,14 +13,28 @@ inline bool on_the_way(std::size_t count) { return Lanes::kTokens >= 4 && count 
 
 inline bool scaled_by_row(const Tiled& w) { return w.blocks <= 1 && (w.offset == nullptr || w.offset_is_zero); }
 
-// Scale and shift of one part, as lanes.
+// How the scales of parts meet their sums; body_product.hpp has the sums.
+enum class Scales { row, whole, parts };
+
+// Scale and shift of one block of one tile, as lanes.
 struct Grid {
     const Tiled& w;
     const std::size_t first;
     const bool by_row;
-    Grid(const Tiled& weight, std::size_t tile) : w(weight), first(tile * weight.blocks * kRows), by_row(scaled_by_row(weight)) {}
+    const std::uint8_t* steps;
+    Grid(const Tiled& weight, std::size_t tile)
+        : w(weight),
+          first(tile * weight.blocks * kRows),
+          by_row(scaled_by_row(weight)),
+          steps(weight.steps == nullptr ? nullptr : weight.steps + tile * kRows) {}
     inline F scale(std::size_t block) const {
         return by_row ? Lanes::all(1.0f) : load_parameter(w.scale, w.scale_half, first + block * kRows);
+    }
+    // The scale in steps, in the low half of a lane.
+    inline I whole(std::size_t block) const {
+        const F inverse = Lanes::as_float(Lanes::left<23>(Lanes::minus(Lanes::whole(254), Lanes::load_bytes(steps))));
+        // Added to 1.5 * 2**23 a number is rounded to a whole one, which then lies in the low bits.
+        return Lanes::both(Lanes::as_whole(Lanes::fma(scale(block), inverse, Lanes::all(12582912.0f))), Lanes::whole(0xffff));
     }
     inline F shift(std::size_t block, F scale) const {  // only where there is an offset
         const F offset = load_parameter(w.offset, w.offset_half, first + block * kRows);
@@ -29,20 +43,29 @@ struct Grid {
     // What the totals are multiplied by.
     inline F after() const {
         const F step = Lanes::all(w.table ? w.byte_step : 1.0f);
+        if (steps != nullptr) return Lanes::as_float(Lanes::left<23>(Lanes::load_bytes(steps)));
         return by_row ? Lanes::mul(step, load_parameter(w.scale, w.scale_half, first)) : step;
     }
 };
 
-// The block that a part lies in; parts behind the last column belong to the last block.
-inline std::size_t block_of(const Tiled& w, std::size_t part) {
-    const std::size_t block = w.halves ? part : part * kUnit / w.block;
-    return block < w.blocks ? block : w.blocks - 1;
-}
+// The block of one part after the other; parts behind the last column belong to the last block.
+struct Blocks {
+    const std::size_t count, share;  // share: parts of a block
+    std::size_t at = 0, left;
+    explicit Blocks(const Tiled& w) : count(w.blocks), share(w.block < w.part ? 1 : w.block / w.part), left(share) {}
+    inline bool begins() const { return left == share; }
+    inline void next() {
+        if (--left == 0) {
+            left = share;
+            if (at + 1 < count) ++at;
+        }
+    }
+};
 
 // A few tokens, or one panel (M = 8): codes are unpacked on the way.
-template <int B, bool Table, int M, bool Halves>
+template <int B, bool Table, int M, int Parts>
 inline void fast_tile(const Tiled& w, std::size_t tile, const Activations& x, std::size_t m, const Corrections& c, float* to) {
-    F total[M], block[M];
+    F total[M], block[M];  // where scales are whole numbers, block holds integers
     constexpr bool panel = M == int(kPanel);
     const std::int8_t* codes[M];
 #pragma GCC unroll 8
@@ -57,11 +80,41 @@ inline void fast_tile(const Tiled& w, std::size_t tile, const Activations& x, st
     const std::uint8_t* unit = w.data + tile * w.tile_bytes;
     const I table = Lanes::byte_table(w.bytes);
     const Grid grid(w, tile);
-    const std::size_t per_block = Halves || w.block < kUnit ? 1 : w.block / kUnit;
-    std::size_t at = 0, left = per_block;
+    Blocks blocks(w);
+    const bool plain = Parts == 1 && grid.by_row && w.offset == nullptr;
+    const bool whole = Parts > 1 && B <= 4 && !Table && w.steps != nullptr;
+    std::size_t part = 0;
+    I sums[M];
+#pragma GCC unroll 8
+    for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(0);
+    const auto begin = [&]() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[place(part, t)]);
+    };
+    const auto join = [&]() __attribute__((always_inline)) {
+        if (plain) {
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) block[t] = Lanes::to_float(sums[t]);
+        } else if (whole) {
+            const I scale = grid.whole(blocks.at);
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) block[t] = Lanes::as_float(Lanes::dot_shorts(Lanes::as_whole(block[t]), sums[t], scale));
+        } else {
+            const F scale = grid.scale(blocks.at);
+#pragma GCC unroll 8
+            for (int t = 0; t < M; ++t) block[t] = Lanes::fma(Lanes::to_float(sums[t]), scale, block[t]);
+            if (w.offset != nullptr) {
+                const F shift = grid.shift(blocks.at, scale);
+#pragma GCC unroll 8
+                for (int t = 0; t < M; ++t) block[t] = Lanes::fma(Lanes::all(c.sum[place(part, t)]), shift, block[t]);
+            }
+        }
+        blocks.next();
+        ++part;
+    };
     for (std::size_t u = 0; u < w.units; ++u, unit += kLine * B) {
         for (std::size_t ahead = 0; ahead < B; ++ahead) __builtin_prefetch(unit + kAhead + ahead * kLine);
-        const auto take = [&](auto line, std::size_t s, I* sums) __attribute__((always_inline)) {
+        const auto take = [&](auto line, std::size_t s) __attribute__((always_inline)) {
             if constexpr (Table) line = Lanes::look_up(table, line);
 #pragma GCC unroll 8
             for (int t = 0; t < M; ++t)
@@ -69,47 +122,28 @@ inline void fast_tile(const Tiled& w, std::size_t tile, const Activations& x, st
                                      Lanes::four(panel ? side_by_side + ((u * kSteps + s) * kPanel + std::size_t(t)) * 4
                                                        : codes[t] + u * kUnit + 4 * s));
         };
-        const auto join = [&](I* sums, std::size_t part, std::size_t b) __attribute__((always_inline)) {
-            const F scale = grid.scale(b);
-#pragma GCC unroll 8
-            for (int t = 0; t < M; ++t) block[t] = Lanes::fma(Lanes::to_float(sums[t]), scale, block[t]);
-            if (w.offset == nullptr) return;
-            const F shift = grid.shift(b, scale);
-#pragma GCC unroll 8
-            for (int t = 0; t < M; ++t) block[t] = Lanes::fma(Lanes::all(c.sum[place(part, t)]), shift, block[t]);
-        };
-        I sums[M];
-        const std::size_t part = Halves ? 2 * u : u;
-#pragma GCC unroll 8
-        for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[place(part, t)]);
-        take(step<B, 0>(unit), 0, sums);
-        take(step<B, 1>(unit), 1, sums);
-        take(step<B, 2>(unit), 2, sums);
-        take(step<B, 3>(unit), 3, sums);
-        if constexpr (Halves) {
-            join(sums, part, block_of(w, part));
-#pragma GCC unroll 8
-            for (int t = 0; t < M; ++t) sums[t] = Lanes::whole(c.integer[place(part + 1, t)]);
+        const bool last = u % 2 == 1 || u + 1 == w.units;  // of a block of activations
+        if (Parts > 1 || u % 2 == 0) begin();
+        take(step<B, 0>(unit), 0);
+        take(step<B, 1>(unit), 1);
+        take(step<B, 2>(unit), 2);
+        take(step<B, 3>(unit), 3);
+        if constexpr (Parts == 4) {
+            join();
+            begin();
         }
-        take(step<B, 4>(unit), 4, sums);
-        take(step<B, 5>(unit), 5, sums);
-        take(step<B, 6>(unit), 6, sums);
-        take(step<B, 7>(unit), 7, sums);
-        if constexpr (Halves) {
-            join(sums, part + 1, block_of(w, part + 1));
-        } else {
-            join(sums, part, at);
-            if (--left == 0) {
-                left = per_block;
-                if (at + 1 < w.blocks) ++at;
-            }
-        }
-        if (u % 2 == 1 || u + 1 == w.units)
+        take(step<B, 4>(unit), 4);
+        take(step<B, 5>(unit), 5);
+        take(step<B, 6>(unit), 6);
+        take(step<B, 7>(unit), 7);
+        if (Parts > 1 || last) join();
+        if (last)
 #pragma GCC unroll 8
             for (int t = 0; t < M; ++t) {
                 const std::size_t at_scale = panel ? m * (x.stride / kBlock) + u / 2 * kPanel + std::size_t(t)
                                                    : (m + std::size_t(t)) * (x.stride / kBlock) + u / 2;
-                total[t] = Lanes::fma(block[t], Lanes::all(x.scale[at_scale]), total[t]);
+                const F sum = whole ? Lanes::to_float(Lanes::as_whole(block[t])) : block[t];
+                total[t] = Lanes::fma(sum, Lanes::all(x.scale[at_scale]), total[t]);
                 block[t] = Lanes::all(0.0f);
             }
     }
@@ -147,62 +181,84 @@ struct Patch {
     }
 };
 
-// T tiles from `tile` on, unpacked to bytes once for all panels, against rows [row, row + R) of the panel that begins at m.
+// T tiles from `tile` on, unpacked once for all panels, against rows [row, row + R) of the panel that begins at m.
 // to [T][8][16].
-template <bool Row, bool Halves, int T, int R>
+template <Scales How, int Parts, int T, int R>
 inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* bytes, const Activations& x, std::size_t m,
                        std::size_t row, const Corrections& c, float* to) {
     constexpr int kSums = T * R;
-    constexpr int steps = Halves ? 4 : 8;
-    const std::size_t parts = c.parts, per_block = Halves ? 4 : 2;
-    const Patch<T, R> patch = {bytes, w.units * kSteps * kLine, x.codes + m * x.stride + row * 4};
+    constexpr std::size_t parts_steps = 2 * kSteps / Parts;
+    const std::size_t apart = unpacked_bytes(w);
+    const Patch<T, R> patch = {bytes, apart, x.codes + m * x.stride + row * 4};
     const float* scales = x.scale + m * (x.stride / kBlock) + row;
-    const std::int32_t* start = c.integer + m * parts + row;
-    const float* codes_sum = c.sum + m * parts + row;
+    const std::int32_t* start = c.integer + m * c.parts + row;
+    const float* codes_sum = c.sum + m * c.parts + row;
+    const std::uint8_t* pairs = bytes + w.units * kSteps * kLine;  // of whole scales
     const Grid grid(w, tile), second(w, tile + T - 1);
-    const std::size_t share = Halves || w.block < kUnit ? 1 : w.block / kUnit;  // parts that share a scale
-    std::size_t at = 0, left = share;
-    F scale[T], shift[T], total[kSums];
+    Blocks blocks(w);
+    F scale[2], shift[2], total[kSums];
     for (int j = 0; j < T; ++j) scale[j] = shift[j] = Lanes::all(0.0f);
 #pragma GCC unroll 8
     for (int i = 0; i < kSums; ++i) total[i] = Lanes::all(0.0f);
-    for (std::size_t part = 0; part < parts; part += per_block, scales += kPanel) {
-        const std::size_t end = parts - part < per_block ? parts : part + per_block;
-        I sums[kSums];
-        if (Row && w.offset == nullptr) {  // whole blocks as integers: the same numbers, fewer steps
-            // The correction of the second unit was added to that of the first.
+    // The sums of one part. One of 64 columns may be half there, at the end.
+    const auto sum_part = [&](std::size_t part, I* sums) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-            for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(start[part * kPanel + std::size_t(i % R)]);
-            for (std::size_t p = part; p < end; ++p) patch.template multiply<steps>(p * steps, sums);
-#pragma GCC unroll 8
-            for (int i = 0; i < kSums; ++i) total[i] = Lanes::fma(Lanes::to_float(sums[i]), Lanes::all(scales[i % R]), total[i]);
-            continue;
+        for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(start[part * kPanel + std::size_t(i % R)]);
+        if constexpr (Parts == 1) {
+            patch.template multiply<8>(part * 16, sums);
+            if (2 * part + 1 < w.units) patch.template multiply<8>(part * 16 + 8, sums);
+        } else {
+            patch.template multiply<parts_steps>(part * parts_steps, sums);
         }
+    };
+    for (std::size_t part = 0; part < c.parts; part += Parts, scales += kPanel) {
+        const std::size_t end = c.parts - part < Parts ? c.parts : part + Parts;
         F block[kSums];
+        if constexpr (How == Scales::row) {
+            I sums[kSums];
+            sum_part(part, sums);
 #pragma GCC unroll 8
-        for (int i = 0; i < kSums; ++i) block[i] = Lanes::all(0.0f);
-        for (std::size_t p = part; p < end; ++p) {
+            for (int i = 0; i < kSums; ++i) block[i] = Lanes::to_float(sums[i]);
+        } else if constexpr (How == Scales::whole) {
+            I sums[kSums];
 #pragma GCC unroll 8
-            for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(start[p * kPanel + std::size_t(i % R)]);
-            patch.template multiply<steps>(p * steps, sums);
-            if (left == share) {
-                scale[0] = grid.scale(at);
-                scale[T - 1] = second.scale(at);
-                if (w.offset != nullptr) {
-                    shift[0] = grid.shift(at, scale[0]);
-                    shift[T - 1] = second.shift(at, scale[T - 1]);
+            for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(0);
+            for (std::size_t p = part; p < end; p += 2, pairs += kLine) {
+                I one[kSums], two[kSums];
+                sum_part(p, one);
+                if (p + 1 < end)
+                    sum_part(p + 1, two);
+                else
+#pragma GCC unroll 8
+                    for (int i = 0; i < kSums; ++i) two[i] = Lanes::whole(0);
+                const I both[2] = {Lanes::line(pairs), Lanes::line(pairs + (T - 1) * apart)};
+#pragma GCC unroll 8
+                for (int i = 0; i < kSums; ++i) sums[i] = Lanes::dot_shorts(sums[i], Lanes::pair(one[i], two[i]), both[i / R]);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < kSums; ++i) block[i] = Lanes::to_float(sums[i]);
+        } else {
+#pragma GCC unroll 8
+            for (int i = 0; i < kSums; ++i) block[i] = Lanes::all(0.0f);
+            for (std::size_t p = part; p < end; ++p) {
+                I sums[kSums];
+                sum_part(p, sums);
+                if (blocks.begins()) {
+                    scale[0] = grid.scale(blocks.at);
+                    scale[T - 1] = second.scale(blocks.at);
+                    if (w.offset != nullptr) {
+                        shift[0] = grid.shift(blocks.at, scale[0]);
+                        shift[T - 1] = second.shift(blocks.at, scale[T - 1]);
+                    }
                 }
-            }
-            if (--left == 0 && at + 1 < w.blocks) {
-                ++at;
-                left = share;
-            }
+                blocks.next();
 #pragma GCC unroll 8
-            for (int i = 0; i < kSums; ++i) block[i] = Lanes::fma(Lanes::to_float(sums[i]), scale[i / R], block[i]);
-            if (w.offset != nullptr)
+                for (int i = 0; i < kSums; ++i) block[i] = Lanes::fma(Lanes::to_float(sums[i]), scale[i / R], block[i]);
+                if (w.offset != nullptr)
 #pragma GCC unroll 8
-                for (int i = 0; i < kSums; ++i)
-                    block[i] = Lanes::fma(Lanes::all(codes_sum[p * kPanel + std::size_t(i % R)]), shift[i / R], block[i]);
+                    for (int i = 0; i < kSums; ++i)
+                        block[i] = Lanes::fma(Lanes::all(codes_sum[p * kPanel + std::size_t(i % R)]), shift[i / R], block[i]);
+            }
         }
 #pragma GCC unroll 8
         for (int i = 0; i < kSums; ++i) total[i] = Lanes::fma(block[i], Lanes::all(scales[i % R]), total[i]);
@@ -213,7 +269,7 @@ inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* byt
                      Lanes::mul(total[i], i / R == 0 ? grid.after() : second.after()));
 }
 
-// The bytes of one tile: codes, or a table's rounded levels.
+// One tile to bytes: codes, or a table's rounded levels; then its whole scales in pairs (unpacked_bytes).
 static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
     const std::uint8_t* unit = w.data + tile * w.tile_bytes;
     const I table = Lanes::byte_table(w.bytes);
@@ -226,11 +282,22 @@ static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
                     Lanes::store_line(to + s * kLine, Lanes::look_up(table, Lanes::line(to + s * kLine)));
         }
     });
+    if (w.steps == nullptr) return;
+    const Grid grid(w, tile);
+    Blocks blocks(w);
+    const std::size_t parts = parts_of(w);
+    for (std::size_t part = 0; part < parts; part += 2, to += kLine) {
+        I scales = grid.whole(blocks.at);
+        blocks.next();
+        if (part + 1 < parts) scales = Lanes::pair(scales, grid.whole(blocks.at));
+        blocks.next();
+        Lanes::store_line(to, scales);
+    }
 }
 
 // Where the corrections of x lie in scratch. Rows are counted in whole panels where the codes lie so.
 inline Corrections corrections(const Tiled& w, const Activations& x, void* scratch) {
-    const std::size_t parts = w.halves ? 2 * w.units : w.units, each = in_panels(x.count) ? kPanel : 1;
+    const std::size_t parts = parts_of(w), each = in_panels(x.count) ? kPanel : 1;
     auto* integer = static_cast<std::int32_t*>(scratch);
     return {integer, reinterpret_cast<float*>(integer + (x.count + each - 1) / each * each * parts), parts};
 }
@@ -238,20 +305,17 @@ inline Corrections corrections(const Tiled& w, const Activations& x, void* scrat
 static void prepare(const Tiled& w, const Activations& x, void* scratch) {
     const Corrections c = corrections(w, x, scratch);
     const std::int32_t base = w.table ? 128 : w.base;
-    const std::size_t parts = c.parts, each = in_panels(x.count) ? kPanel : 1, rows = (x.count + each - 1) / each * each;
+    const std::size_t each = in_panels(x.count) ? kPanel : 1, rows = (x.count + each - 1) / each * each;
+    const std::size_t sixteens = w.part / 16;
     for (std::size_t m = 0; m < rows; m += each)
-        for (std::size_t p = 0; p < parts; ++p) {
-            const std::int32_t* sums = x.sums + m * (x.stride / 16) + (w.halves ? p : 2 * p) * each;
-            const std::size_t at = m * parts + p * each;
+        for (std::size_t p = 0; p < c.parts; ++p) {
+            const std::int32_t* sums = x.sums + m * (x.stride / 16) + sixteens * p * each;
+            const std::size_t at = m * c.parts + p * each;
             for (std::size_t t = 0; t < each; ++t) {
-                const std::int32_t sum = w.halves ? sums[t] : sums[t] + sums[each + t];
+                std::int32_t sum = 0;
+                for (std::size_t i = 0; i < sixteens; ++i) sum += sums[i * each + t];
                 c.integer[at + t] = -base * sum;
                 if (w.offset != nullptr) c.sum[at + t] = static_cast<float>(sum);
             }
         }
-    // Many panels sum whole blocks of two units as integers where one scale serves the row.
-    if (in_panels(x.count) && !on_the_way(x.count) && scaled_by_row(w) && w.offset == nullptr)
-        for (std::size_t m = 0; m < rows; m += each)
-            for (std::size_t p = 0; p + 1 < parts; p += 2)
-                for (std::size_t t = 0; t < each; ++t) c.integer[m * parts + p * each + t] += c.integer[m * parts + (p + 1) * each + t];
 }

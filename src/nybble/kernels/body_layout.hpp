@@ -157,6 +157,13 @@ inline typename Lanes::F load_parameter(const void* from, bool half, std::size_t
                 : Lanes::load(static_cast<const float*>(from) + at);
 }
 
+static void largest_scales(const Tiled& w, std::size_t tile, float* to) {
+    typename Lanes::I top = Lanes::whole(0);  // floats without a sign are in the order of their bits, NaN behind infinity
+    for (std::size_t b = 0; b < w.blocks; ++b)
+        top = Lanes::most(top, Lanes::as_whole(Lanes::abs(load_parameter(w.scale, w.scale_half, (tile * w.blocks + b) * kRows))));
+    Lanes::store(to, Lanes::as_float(top));
+}
+
 // The float value of one row: an embedding look-up. to [columns].
 static void tiled_row(const Tiled& w, std::size_t row, float* to) {
     const std::size_t tile = row / kRows, r = row % kRows;

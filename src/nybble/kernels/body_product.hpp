@@ -2,13 +2,17 @@
 //
 // Two modes. Exact: activations are floats, every weight is decoded to a float (scale * level, as decode gives it) and
 // multiplied in order of its column, in two sums (even and odd columns) a row. Fast: activations are int8 with a float scale
-// a block of 64 columns. A part (a unit of 32 columns, or half of it) is summed as integers, exactly; then, in float32,
+// a block of 64 columns. A part, 64 columns or the 32 or 16 that share a scale, is summed as integers, exactly; then
 //
 //     block = fma(integer sum, weight scale, block)        for each part; with an offset also fma(sum of codes, shift, block)
 //     total = fma(block, activation scale, total)          for each block
 //
-// Where one scale serves the row it is 1 above and the total is multiplied by it. Neither order depends on M, tiles or
-// threads, so prefill and decoding, one thread or eight, give the same bits.
+// in float32. Where one scale serves the row it is 1 above and the total is multiplied by it. Where a block has several parts
+// and levels are symmetric and of at most four bits, scales are whole numbers of 15 bits times a power of two of the row (the
+// step): sums fit 16 bits, so their products with scales are integers as well, two parts at once, and the total is multiplied
+// by the step. A half that is at least 2**-4 of the largest scale of its row is such a number exactly; what others lose is at
+// most 2**-15 of the largest. No order depends on M, tiles or threads, so prefill and decoding, one thread or eight, give the
+// same bits.
 
 inline void put(const Output& out, std::size_t row, std::size_t count, std::size_t m, const float* sums, int tokens) {
     const F bias = out.bias == nullptr ? Lanes::all(0.0f) : Lanes::load(out.bias + row);
@@ -29,10 +33,12 @@ inline void fast_tiles(const Tiled& w, const Activations& x, std::size_t m, cons
     alignas(64) float sums[M * kRows];
     const int tokens = x.count - m < std::size_t(M) ? int(x.count - m) : M;
     for (std::size_t tile = first; tile < last; ++tile) {
-        if (w.halves)
-            fast_tile<B, Table, M, true>(w, tile, x, m, c, sums);
+        if (w.part == 64)
+            fast_tile<B, Table, M, 1>(w, tile, x, m, c, sums);
+        else if (w.part == 32)
+            fast_tile<B, Table, M, 2>(w, tile, x, m, c, sums);
         else
-            fast_tile<B, Table, M, false>(w, tile, x, m, c, sums);
+            fast_tile<B, Table, M, 4>(w, tile, x, m, c, sums);
         const std::size_t row = tile * kRows;
         put(out, row, w.rows - row < kRows ? w.rows - row : kRows, m, sums, tokens);
     }
@@ -54,7 +60,7 @@ static void fast_group(const Tiled& w, const Activations& x, std::size_t m, cons
 }
 
 // All panels against tiles [first, last), which lie unpacked in `bytes`.
-template <bool Row, bool Halves>
+template <Scales How, int Parts>
 static void panels(const Tiled& w, const std::uint8_t* bytes, const Activations& x, const Output& out, std::size_t first,
                    std::size_t last, const Corrections& c) {
     constexpr int tiles = Lanes::kTokens >= 8 ? 2 : 1, rows = Lanes::kTokens >= 8 ? 4 : Lanes::kTokens;
@@ -62,16 +68,16 @@ static void panels(const Tiled& w, const std::uint8_t* bytes, const Activations&
     for (std::size_t m = 0; m < x.count; m += kPanel) {
         const std::size_t tokens = x.count - m < kPanel ? x.count - m : kPanel;
         for (std::size_t tile = first; tile < last;) {
-            const std::uint8_t* at = bytes + (tile - first) * w.units * kSteps * kLine;
+            const std::uint8_t* at = bytes + (tile - first) * unpacked_bytes(w);
             const std::size_t together = last - tile < tiles ? 1 : tiles;
             for (std::size_t t = 0; t < tokens; ++t)  // the products take long enough for these to come
                 for (std::size_t i = 0; i < together; ++i)
                     __builtin_prefetch(out.to + (m + t) * out.stride + (tile + i) * kRows, 1);
             for (std::size_t row = 0; row < tokens; row += rows) {
                 if (together == tiles)
-                    panel_tile<Row, Halves, tiles, rows>(w, tile, at, x, m, row, c, sums);
+                    panel_tile<How, Parts, tiles, rows>(w, tile, at, x, m, row, c, sums);
                 else
-                    panel_tile<Row, Halves, 1, rows>(w, tile, at, x, m, row, c, sums);
+                    panel_tile<How, Parts, 1, rows>(w, tile, at, x, m, row, c, sums);
             }
             for (std::size_t i = 0; i < together; ++i, ++tile) {
                 const std::size_t row = tile * kRows;
@@ -108,17 +114,23 @@ static void product(const Tiled& w, const Activations& x, const Output& out, std
             return;
         }
         // So many tiles that they stay in the second cache while one panel after the other meets them.
-        const std::size_t tile_bytes = w.units * kSteps * kLine, chunk = tile_bytes == 0 || tile_bytes > kKept ? 1 : kKept / tile_bytes;
+        const std::size_t tile_bytes = unpacked_bytes(w), chunk = tile_bytes == 0 || tile_bytes > kKept ? 1 : kKept / tile_bytes;
         auto* bytes = static_cast<std::uint8_t*>(scratch) + correction_bytes(w, x.count);
         for (std::size_t begin = first; begin < last; begin += chunk) {
             const std::size_t end = last - begin < chunk ? last : begin + chunk;
             for (std::size_t tile = begin; tile < end; ++tile) widen(w, tile, bytes + (tile - begin) * tile_bytes);
-            if (scaled_by_row(w))
-                panels<true, false>(w, bytes, x, out, begin, end, c);
-            else if (w.halves)
-                panels<false, true>(w, bytes, x, out, begin, end, c);
+            if (scaled_by_row(w) && w.offset == nullptr)
+                panels<Scales::row, 1>(w, bytes, x, out, begin, end, c);
+            else if (w.part == 64)
+                panels<Scales::parts, 1>(w, bytes, x, out, begin, end, c);
+            else if (w.part == 32 && w.steps != nullptr)
+                panels<Scales::whole, 2>(w, bytes, x, out, begin, end, c);
+            else if (w.part == 32)
+                panels<Scales::parts, 2>(w, bytes, x, out, begin, end, c);
+            else if (w.steps != nullptr)
+                panels<Scales::whole, 4>(w, bytes, x, out, begin, end, c);
             else
-                panels<false, false>(w, bytes, x, out, begin, end, c);
+                panels<Scales::parts, 4>(w, bytes, x, out, begin, end, c);
         }
         return;
     }

@@ -56,6 +56,8 @@ struct Kernels {
                        std::uint8_t* scratch);
     void (*untile_codes)(const Tiled&, std::size_t tile, std::uint8_t* to);
     void (*tiled_row)(const Tiled&, std::size_t row, float* to);
+    // The largest magnitude of the scales of each row of a tile [16]; what is not finite counts as largest.
+    void (*largest_scales)(const Tiled&, std::size_t tile, float* to);
     // What all fast products of w and x with one scratch share; once, before the first of them.
     void (*prepare)(const Tiled&, const Activations& x, void* scratch);
     // out for the rows of tiles [first, last) and every token of x. fast: integer products, of a scratch that was prepared
@@ -77,15 +79,21 @@ struct Kernels {
 inline std::size_t correction_bytes(const Tiled& w, std::size_t rows) {
     return ((rows + kPanel) * w.units * 2 * 8 + 63) / 64 * 64;
 }
+// Sums of integers that a row has.
+inline std::size_t parts_of(const Tiled& w) { return (w.units * kUnit + w.part - 1) / w.part; }
+// A tile unpacked to bytes, [units][8][64], and behind it its whole scales, [pairs of parts][16][2].
+inline std::size_t unpacked_bytes(const Tiled& w) {
+    return (w.units * kSteps + (w.steps == nullptr ? 0 : (parts_of(w) + 1) / 2)) * kLine;
+}
 inline std::size_t product_scratch(const Tiled& w, std::size_t rows) {
-    const std::size_t tile = w.units * kSteps * kLine;
+    const std::size_t tile = unpacked_bytes(w);
     return correction_bytes(w, rows) + (tile > kKept ? tile : kKept) + 64;
 }
 
 // What `prepare` left for one weight serves the other too.
 inline bool prepared_alike(const Tiled& a, const Tiled& b) {
-    return a.units == b.units && a.halves == b.halves && a.table == b.table && a.base == b.base &&
-           (a.offset == nullptr) == (b.offset == nullptr) && (a.blocks <= 1) == (b.blocks <= 1);
+    return a.units == b.units && a.part == b.part && a.table == b.table && a.base == b.base &&
+           (a.offset == nullptr) == (b.offset == nullptr);
 }
 
 extern const Kernels kScalar;

@@ -148,6 +148,10 @@ struct Lanes {
     static inline I dot(I sum, I weights, I activations) {
         return {dot_eight(sum.low, weights.low, activations.low), dot_eight(sum.high, weights.high, activations.high)};
     }
+    static inline I pair(I a, I b) {
+        return {_mm256_blend_epi16(a.low, _mm256_slli_epi32(b.low, 16), 0xaa),
+                _mm256_blend_epi16(a.high, _mm256_slli_epi32(b.high, 16), 0xaa)};
+    }
     static inline I dot_shorts(I sum, I a, I b) {
 #ifdef NYBBLE_VNNI
         return {_mm256_dpwssd_avx_epi32(sum.low, a.low, b.low), _mm256_dpwssd_avx_epi32(sum.high, a.high, b.high)};

@@ -111,6 +111,7 @@ struct Lanes {
         return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
 #endif
     }
+    static inline I pair(I a, I b) { return _mm512_mask_mov_epi16(a, 0xaaaaaaaau, _mm512_slli_epi32(b, 16)); }
     static inline I dot_shorts(I sum, I a, I b) {
 #ifdef NYBBLE_VNNI
         return _mm512_dpwssd_epi32(sum, a, b);

@@ -227,6 +227,9 @@ struct Lanes {
             },
             sum, weights, activations);
     }
+    static inline I pair(I x, I y) {
+        return make<I>([](auto p, auto q) { return vsliq_n_s32(p, q, 16); }, x, y);
+    }
     static inline I dot_shorts(I sum, I a, I b) {
         return make<I>(
             [](auto s, auto p, auto q) {

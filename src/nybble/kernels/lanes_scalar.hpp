@@ -177,6 +177,10 @@ struct Lanes {
             for (int j = 0; j < 4; ++j) sum.at[i] += std::int32_t(w[4 * i + j]) * x[4 * i + j];
         return sum;
     }
+    // The low halves of a and b, the latter above: two shorts a lane.
+    static inline I pair(I a, I b) {
+        return make<I>([&](int i) { return std::int32_t((std::uint32_t(a.at[i]) & 0xffffu) | std::uint32_t(b.at[i]) << 16); });
+    }
     // sum[r] += the dot product of two signed shorts of a with two of b, in lane r.
     static inline I dot_shorts(I sum, I a, I b) {
         return make<I>([&](int i) {  // positions that nobody has written may leave 32 bits

@@ -39,7 +39,7 @@ struct Tiled {
     bool scale_half = false;
     bool offset_half = false;
     bool offset_is_zero = false;  // offset is a zero point in codes; else a shift in values
-    bool halves = false;          // blocks of 16 columns: two a unit
+    std::size_t part = 32;        // columns whose products are summed before a scale meets them: 16, 32 or 64
     std::int32_t base = 0;
     std::size_t rows = 0, columns = 0;
     std::size_t tiles = 0, units = 0, blocks = 0;
@@ -48,6 +48,7 @@ struct Tiled {
     std::size_t tile_bytes = 0;
     const void* scale = nullptr;
     const void* offset = nullptr;  // nullptr: none
+    const std::uint8_t* steps = nullptr;  // [tiles][16]: of whole scales (body_product.hpp), the exponents of steps as floats have them
     float levels[16] = {};         // float levels of a table
     std::uint8_t bytes[16] = {};   // the same as bytes: level is about (byte - 128) * byte_step
     float byte_step = 1.0f;

@@ -93,6 +93,28 @@ def byte_levels(levels: Floats) -> tuple[NDArray[np.int64], np.float32]:
     return np.rint(levels.astype(np.float64) / top * best[1]).astype(np.int64), np.float32(top / best[1])
 
 
+def whole_scales(weight: Packed) -> NDArray[np.float16] | Floats:
+    """Scales as fast products take them: of symmetric levels of up to four bits in small blocks, whole numbers of 15 bits.
+
+    Times a power of two, the step of their row. What is at least a sixteenth of the largest of its row, and a half, is kept
+    to the bit; others are off by at most half a step, 2**-15 of the largest. All are kept as they are where a block of
+    activations has one scale, and where the largest of a row is not finite or far from 1.
+    """
+    scale = weight.scale.astype(np.float32)
+    small = weight.block == BLOCK // 4 or (weight.block % 32 == 0 and weight.block % BLOCK != 0)
+    symmetric = weight.offset is None and float(np.abs(weight.levels).max()) <= 8
+    whole = np.array_equal(weight.levels, weight.levels[0] + np.arange(weight.levels.size))
+    if scale.shape[1] <= 1 or not (small and symmetric and whole) or not np.isfinite(scale).all():
+        return weight.scale
+    top = np.abs(scale).max(1, keepdims=True)
+    if ((top > 0) & ((top < 2.0**-90) | (top > 2.0**90))).any():
+        return weight.scale
+    step = np.where(top > 0, np.ldexp(np.float32(1), np.frexp(top)[1] - 15), np.float32(1)).astype(np.float32)
+    step = np.where(np.rint(top / step) > 32767, 2 * step, step).astype(np.float32)
+    rounded: Floats = np.rint(scale / step) * step
+    return rounded
+
+
 class Laid:
     """A weight ready for products: here nothing but the weight itself."""
 
@@ -163,6 +185,7 @@ def _fast(x: Floats, weight: Packed) -> NDArray[np.float64]:
         table, step = byte_levels(weight.levels)
         numbers = table[stored]
     offset = np.zeros((1, 1)) if weight.offset is None else _spread(weight.offset, weight, slice(None)).astype(np.float64)
+    weight = weight._replace(scale=whole_scales(weight))
     values = (numbers * float(step) - offset) * _spread(weight.scale, weight, slice(None)).astype(np.float64)
     wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), BLOCK, axis=1)
     product: NDArray[np.float64] = wide[:, : weight.columns] @ values.T

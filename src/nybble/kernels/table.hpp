@@ -20,7 +20,7 @@ namespace nybble {
 extern const Kernels NYBBLE_TABLE;
 const Kernels NYBBLE_TABLE = {
     NYBBLE_NAME(NYBBLE_ISA), NYBBLE_ISA::pack,         NYBBLE_ISA::unpack,   NYBBLE_ISA::decode_row,   NYBBLE_ISA::sum,
-    NYBBLE_ISA::tile_codes,  NYBBLE_ISA::untile_codes, NYBBLE_ISA::tiled_row,  NYBBLE_ISA::prepare,        NYBBLE_ISA::product,
+    NYBBLE_ISA::tile_codes,  NYBBLE_ISA::untile_codes, NYBBLE_ISA::tiled_row,  NYBBLE_ISA::largest_scales, NYBBLE_ISA::prepare,        NYBBLE_ISA::product,
     NYBBLE_ISA::quantize_row, NYBBLE_ISA::norm_row,    NYBBLE_ISA::best_of,    NYBBLE_ISA::append,         NYBBLE_ISA::widen_head,
     NYBBLE_ISA::attend_scratch, NYBBLE_ISA::attend,    NYBBLE_ISA::activate_row};
 }  // namespace nybble

@@ -51,6 +51,28 @@ void restore_parameters(const T* from, const Tiled& w, std::size_t rows, T* to) 
         for (std::size_t b = 0; b < w.blocks; ++b) to[n * w.blocks + b] = from[((n / kRows) * w.blocks + b) * kRows + n % kRows];
 }
 
+// Steps of whole scales, for weights whose sums of a block of activations fit them (body_product.hpp): symmetric levels of up to
+// four bits, more than one scale in 64 columns, and none that is not finite or far from one.
+Memory whole_steps(const Tiled& w) {
+    const std::int32_t last = (1 << w.bits) - 1 - w.base;
+    if (w.part == kBlock || w.table || w.offset != nullptr || std::max(std::abs(w.base), std::abs(last)) > 8) return {};
+    Memory steps(w.tiles * kRows);
+    float tops[kRows];
+    for (std::size_t t = 0; t < w.tiles; ++t) {
+        kernels().largest_scales(w, t, tops);
+        for (std::size_t r = 0; r < kRows; ++r) {
+            int exponent = 15;
+            if (tops[r] != 0.0f) {
+                if (!(tops[r] >= 0x1p-90f && tops[r] <= 0x1p90f)) return {};
+                std::frexp(tops[r], &exponent);  // the largest scale is 2**14 to 2**15 steps
+                if (std::nearbyint(std::ldexp(tops[r], 15 - exponent)) > 32767.0f) ++exponent;
+            }
+            steps.as()[t * kRows + r] = std::uint8_t(127 + exponent - 15);
+        }
+    }
+    return steps;
+}
+
 // The table as bytes: the step of whole numbers that comes nearest to the levels.
 void byte_levels(Tiled& w) {
     double top = 0.0;
@@ -165,8 +187,8 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
     w.block = source.block;
     w.blocks = source.blocks;
     w.bits = source.bits;
-    w.halves = w.blocks > 1 && w.block == kUnit / 2;
-    const bool fits = (w.blocks <= 1 || w.halves || w.block % kUnit == 0) && source.bits >= 2;
+    w.part = w.blocks <= 1 || w.block % kBlock == 0 ? kBlock : w.block == kUnit / 2 ? kUnit / 2 : kUnit;
+    const bool fits = (w.blocks <= 1 || w.block % w.part == 0) && source.bits >= 2;
     w.table = !source.affine;
     // The products know whole numbers of 2 to 8 bits and tables of sixteen levels without offsets.
     const bool near = source.shift >= -kFar && source.shift <= kFar;
@@ -229,6 +251,8 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
         lay(source.offset, source.offset_half, source.offset_stride, offset_);
         w.offset = offset_.as();
     }
+    steps_ = whole_steps(w);
+    w.steps = steps_.as();
 }
 
 LaidWeight::LaidWeight(const FloatSource& source, bool drop, int threads) {

@@ -51,13 +51,13 @@ class LaidWeight {
     LaidWeight(const FloatSource& source, bool drop, int threads);
 
     Tiled tiled;
-    std::size_t bytes() const { return data_.bytes() + scale_.bytes() + offset_.bytes(); }
+    std::size_t bytes() const { return data_.bytes() + scale_.bytes() + offset_.bytes() + steps_.bytes(); }
     // The packed rows and parameters it was made from, to the bit; only for weights of codes.
     void restore(std::uint8_t* packed, void* scale, void* offset, int threads) const;
     std::size_t parameter_rows = 0;  // 1 where one scale serves the whole weight
 
   private:
-    Memory data_, scale_, offset_;
+    Memory data_, scale_, offset_, steps_;
 };
 
 // Zeros behind a vector, so that whole registers can be loaded.
