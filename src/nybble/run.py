@@ -217,12 +217,20 @@ def quantize_by_plan(
     accounts: dict[str, Account] = {}
     edits: list[Edit] = []
     edited: set[str] = set()
+    moved: dict[str, torch.Tensor] = {}
     if method.settings.blockwise and windows is not None:
         walked = {name: fmt for name, fmt in formats.items() if not fmt.is_cast}
         mine = consume and observe is None and method.settings.edit == "none"  # nobody needs its float weights again
-        packed, accounts, edits = _walk(model if mine else copy.deepcopy(model), plan, method, walked, windows, progress)
+        walk = _walk(model if mine else copy.deepcopy(model), plan, method, walked, windows, progress)
+        packed, accounts, edits, moved = walk.tensors, walk.accounts, walk.edits, walk.moved
         if edits:
             provenance["edits"] = summary(edits)
+        if moved:
+            biases = sum(name.endswith("bias") for name in moved)
+            provenance["moved"] = {"biases": biases, "norms": len(moved) - biases}
+        if walk.history:  # on the calibration windows that were held back
+            best = min(loss for _, loss in walk.history)
+            provenance["tuning"] = {"steps": walk.history[-1][0], "KL before": walk.history[0][1], "KL after": best}
         if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
             model, consume = model if consume else copy.deepcopy(model), True
             edited, known = apply_edits(model, edits), sites(model)
@@ -247,9 +255,12 @@ def quantize_by_plan(
         return Quantized(target, plan.hash, plan.recipe.format, provenance, source)
     target = model if consume else _copy_without(model, [known[name].modules[0] for name in packed])
     replace_weights(target, packed)
+    with torch.no_grad():
+        for name, value in moved.items():
+            target.get_parameter(name).copy_(value)
     _round_inputs(target, plan, method, windows, progress)
     result = Quantized(target, plan.hash, None, provenance, source)
-    result.accounts, result.edits, result._edited = accounts, edits, frozenset(edited)
+    result.accounts, result.edits, result._edited = accounts, edits, frozenset(edited | set(moved))
     return result
 
 
@@ -260,7 +271,7 @@ def _walk(
     formats: dict[str, Format],
     windows: NDArray[np.integer[Any]],
     progress: Progress | None,
-) -> tuple[dict[str, QTensor], dict[str, Account], list[Edit]]:
+) -> Walk:
     """A calibrated method on a model whose weights it replaces on its way."""
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
     layers = {name: site.modules[0] for name, site in sites(model).items()}
@@ -269,7 +280,7 @@ def _walk(
     with quiet(), quick_activations(model), Workers() as workers:
         walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress)
         walk.run()
-    return walk.tensors, walk.accounts, walk.edits
+    return walk
 
 
 def _round_inputs(

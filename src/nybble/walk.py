@@ -2,14 +2,15 @@
 
 Two streams of hidden states may go through the model: the float one, X, and that of the model as quantized so far, Y. For
 every group of layers that are fed the same tensor, in the order they run: statistics over all windows, codes for each
-weight, the decoded weight put in its place; then the streams go one block on. Weights outside the blocks come last, and
-then, where the method asks for it, all layers are tuned together. The model given is left holding decoded weights.
+weight, the decoded weight put in its place; then the block as a whole may be tuned, and the streams go one block on. Weights
+outside the blocks come last, and then, where the method asks for it, all layers are tuned together. The model given is left
+holding decoded weights, and the biases and norms that were moved.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,9 +29,11 @@ from nybble.calibrate.workers import Workers
 from nybble.edits import Edit, edit_blocks
 from nybble.errors import NumericError
 from nybble.formats import Format, QTensor
+from nybble.methods.steps.bias import moved_bias
 from nybble.methods.steps.choose import Account, choose
+from nybble.methods.steps.latent import FloatLatent, Latent, Sign
 from nybble.methods.steps.settings import Settings
-from nybble.methods.steps.tuning import Latent, tune
+from nybble.methods.steps.tuning import Pace, tune
 from nybble.methods.steps.wanted import wanted
 from nybble.models.float_weights import float_weight, put_weight, turned
 
@@ -57,26 +60,29 @@ class Walk:
     accounts: dict[str, Account] = field(default_factory=dict)
     edits: list[Edit] = field(default_factory=list)
     """What was changed in the float model before the walk."""
+    moved: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> what a bias or a norm's gain became, float32."""
     history: list[tuple[int, float]] = field(default_factory=list)
-    """Of tuning: (step, KL on the windows held back)."""
+    """Of tuning all layers together: (step, KL on the windows held back)."""
+    block_histories: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of tuning blocks: (step, mean squared error of what the block gives, on the windows held back)."""
     _latents: dict[str, Latent] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Fill `tensors`, `accounts`, `edits`. Raises NumericError naming the weight, InputError where a model has no blocks."""
+        """Fill `tensors`, `accounts`, `edits`, `moved`. Raises NumericError naming the weight, InputError where a model has no
+        blocks."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if self.settings.edit != "none":  # from here on the edited float model is the float model
             self.edits = edit_blocks(self.model, self.formats, self.settings, self.windows, self.workers, self._report)
-        predictions = Predictions(self.model, self.windows, self.workers) if self._steps_of_tuning() else None
+        self._tuned = any(self.settings.tunes(fmt.bits) for fmt in self.formats.values())
+        together = self._tuned and self.settings.tune > 0
+        predictions = Predictions(self.model, self.windows, self.workers) if together else None
         self._counts = self._token_weights() if self.settings.fisher else {}
         self._blocks()
         self._others()
         if predictions is not None:
             self._tune(predictions)
-
-    def _steps_of_tuning(self) -> int:
-        """Those that the format with the fewest bits needs."""
-        return max((self.settings.steps_of_tuning(fmt.bits) for fmt in self.formats.values()), default=0)
 
     def _token_weights(self) -> dict[str, list[Tensor]]:
         modules = {name: module for name, module in self.layers.items() if not isinstance(module, nn.Embedding)}
@@ -113,6 +119,8 @@ class Walk:
                     self._decide(name, stats[name])
             if twin is not None:
                 self._advance(floats, partial(blocks.run, index, module=twin))
+                if self._tuned and settings.block_tune and layers:
+                    self._tune_block(blocks, index, present, floats)
             if settings.inputs == "quantized":
                 self._advance(present, partial(blocks.run, index))
 
@@ -159,8 +167,11 @@ class Walk:
     def _statistics(
         self, group: list[str], inputs: Callable[[int], Tensor], float_inputs: Callable[[int], Tensor] | None
     ) -> dict[str, Statistics]:
-        """Statistics for the weights of a group, which share their inputs; one for all, unless tokens count differently."""
+        """Statistics for the weights of a group, which share their inputs; one for all, unless tokens count differently. They
+        are around means for weights whose bias may move."""
         length, count = self.windows.shape[1], len(self.windows)
+        moving = [name for name in group if self._moves_bias(name)]
+        centre = inputs(0).mean(0) if moving else None
         weighted = [name for name in group if name in self._counts]
         keys: list[str] = weighted or [group[0]]
 
@@ -172,7 +183,7 @@ class Walk:
                     x = None if float_inputs is None else float_inputs(w)
                     for key in keys:
                         counts = [c[w * length : (w + 1) * length] for c in self._counts[key]] if weighted else [None]
-                        sums.setdefault(key, Sums()).add_window(y, x, counts)
+                        sums.setdefault(key, Sums(centre=centre)).add_window(y, x, counts)
             return sums
 
         total: dict[str, Sums] = {}
@@ -180,7 +191,12 @@ class Walk:
             for key, sums in part.items():
                 total[key] = sums if key not in total else total[key].add(sums)
         found = {key: sums.finish() for key, sums in total.items()}
-        return {name: found[name if name in found else keys[0]] for name in group}
+        result = {name: found[name if name in found else keys[0]] for name in group}
+        return {name: stats if name in moving else stats.around_zero() for name, stats in result.items()}
+
+    def _moves_bias(self, name: str) -> bool:
+        layer = self.layers[name]
+        return self.settings.bias and not isinstance(layer, nn.Embedding) and layer._parameters.get("bias") is not None
 
     def _decide(self, name: str, stats: Statistics) -> None:
         layer = self.layers[name]
@@ -190,46 +206,109 @@ class Walk:
         except NumericError as error:
             raise NumericError(f"{name}: {error}") from error
         self.tensors[name], self.accounts[name] = tensor, account
-        if self._steps_of_tuning():
+        if self._tuned:
             self._latents[name] = Latent(tensor, wanted(tensor, torch.from_numpy(weight), self.settings, stats, account.damping))
-        put_weight(layer, tensor.decode())
+        decoded = tensor.decode()
+        if stats.means is not None:
+            self._move(name.removesuffix("weight") + "bias", moved_bias(_bias(layer), weight, decoded, stats))
+        put_weight(layer, decoded)
         self._report(name, len(self.tensors), len(self.formats))
 
-    def _tune(self, predictions: Predictions) -> None:
-        latents = self._latents
-        leaves: dict[str, Tensor] = {}
+    def _move(self, name: str, value: Tensor) -> None:
+        """Put a value in the place of a bias or a norm's gain."""
+        self.moved[name] = value
+        with torch.no_grad():
+            self.model.get_parameter(name).copy_(value)
+
+    def _tune_block(self, blocks: Blocks, index: int, inputs: list[Tensor], aims: list[Tensor]) -> None:
+        """Tune the weights of one block, so that what it makes of `inputs` comes near what the float block makes of its own."""
+        inside = {id(module) for module in blocks.modules[index].modules()}
+        latents = {name: latent for name, latent in self._latents.items() if id(self.layers[name]) in inside}
+        signed = {name: latent.again(self.tensors[name], Sign) for name, latent in latents.items()}
+        stride = 1 / self.settings.block_tune  # half a level in all, as SignRound has it
+        pace = Pace(self.settings.block_tune, stride, stride, self.settings.batch, self.settings.seed)
+
+        def slope(leaves: dict[str, Tensor], indices: list[int]) -> dict[str, Tensor]:
+            values = list(leaves.values())
+            parts = list(self.workers.map(lambda w: blocks.slope(index, inputs[w], aims[w], values), indices))
+            return {name: torch.stack(each).mean(0) for name, each in zip(leaves, zip(*parts, strict=True), strict=True)}
+
+        def loss(indices: Sequence[int]) -> float:
+            def one(w: int) -> float:
+                return float((blocks.run(index, inputs[w]) - aims[w]).float().square().mean())
+
+            return sum(self.workers.map(one, indices)) / len(indices)
+
+        what = f"tuning {blocks.prefix}.{index}, error"
+        self.block_histories.append(self._tune_latents(dict(signed), pace, slope, loss, what))
         for name in latents:
-            parameter = self.layers[name]._parameters["weight"]
+            if self.settings.tune:
+                self._latents[name] = signed[name].again(self.tensors[name])
+            else:
+                del self._latents[name]
+
+    def _tune(self, predictions: Predictions) -> None:
+        """Tune all weights together, and norms and biases where the method has it so."""
+        latents: dict[str, Latent | FloatLatent] = dict(self._latents)
+        if self.settings.norms:
+            # one number a channel, none of them in what is rounded or looked up
+            found = {name: value for name, value in self.model.named_parameters() if value.dim() == 1}
+            latents |= {name: FloatLatent(value) for name, value in found.items()}
+        pace = Pace(self.settings.tune, self.settings.travel, self.settings.gain, self.settings.batch, self.settings.seed)
+        self._latents = {}
+        self.history = self._tune_latents(
+            latents, pace, lambda leaves, indices: predictions.slope(leaves, indices)[1], predictions.mean_loss, "tuning, KL"
+        )
+
+    def _tune_latents(
+        self,
+        latents: Mapping[str, Latent | FloatLatent],
+        pace: Pace,
+        slope: Callable[[dict[str, Tensor], list[int]], dict[str, Tensor]],
+        loss: Callable[[Sequence[int]], float],
+        what: str,
+    ) -> list[tuple[int, float]]:
+        """Tune, and keep the best. `slope(leaves, windows)`: the loss's gradient by parameters of the model, by name."""
+        leaves: dict[str, Tensor] = {}
+        for name, latent in latents.items():
+            parameter = (
+                self.model.get_parameter(name) if isinstance(latent, FloatLatent) else self.layers[name]._parameters["weight"]
+            )
             assert parameter is not None
             leaves[name] = parameter.requires_grad_(True)
 
-        def slope(indices: list[int]) -> dict[str, Tensor]:
-            found = predictions.slope(leaves, indices)[1]
-            return {name: turned(self.layers[name], gradient) for name, gradient in found.items()}
+        def slopes(indices: list[int]) -> dict[str, Tensor]:
+            found = slope(leaves, indices)
+            return {name: turned(self.layers[name], each) if name in self.layers else each for name, each in found.items()}
 
-        def show(name: str, weight: Tensor) -> None:
-            put_weight(self.layers[name], weight.numpy())
+        def show(name: str, value: Tensor) -> None:
+            if name in self.layers:
+                put_weight(self.layers[name], value.numpy())
+            else:
+                leaves[name].data.copy_(value)
 
-        best, self.history = tune(
-            latents,
-            self.settings,
-            self._steps_of_tuning(),
-            len(self.windows),
-            slope,
-            predictions.mean_loss,
-            show,
-            self.workers.each,
-            self._report,
-        )
-        for name, tensor in best.items():
+        def report(so_far: float, step: int, steps: int) -> None:
+            self._report(f"{what} {so_far:.3g}", step, steps)
+
+        best, history = tune(latents, pace, len(self.windows), slopes, loss, show, self.workers.each, report)
+        for name, value in best.items():
             leaves[name].requires_grad_(False)
-            self.tensors[name] = tensor
-            put_weight(self.layers[name], tensor.decode())
-        self._latents = {}
+            if isinstance(value, QTensor):
+                self.tensors[name] = value
+                put_weight(self.layers[name], value.decode())
+            else:
+                self._move(name, value)
+        return history
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress:
             self.progress(what, done, total)
+
+
+def _bias(layer: nn.Module) -> Tensor:
+    bias = layer._parameters["bias"]
+    assert bias is not None
+    return bias.detach()
 
 
 def _look(blocks: Blocks, index: int, states: list[Tensor], layer: nn.Module, whole: nn.Module | None, window: int) -> Tensor:

@@ -23,7 +23,7 @@ ARCHITECTURES = ("gpt2", "llama", "qwen3", "opt", "bert")
 WINDOWS = np.random.default_rng(0).integers(3, 97, (6, 40))
 SETTINGS_OF_GPTQ = {"gptaq", "qep", "qronos", "guided"}
 """These differ from gptq by a number; two architectures do for every run of the tests."""
-FEWER_STEPS = {"best": "best:tune=2", "tune": "tune:tune=2"}
+FEWER_STEPS = {"best": "best:tune=2", "tune": "tune:tune=2:block_tune=2"}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def test_every_format(
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=0)  # the model given is left as it was
 
 
-@pytest.mark.parametrize("method", ["gptq", "gptq:inputs=float", "guided", "best:tune=2"])
+@pytest.mark.parametrize("method", ["gptq", "gptq:inputs=float", "guided:bias", "best:tune=2:block_tune=2:norms:bias"])
 def test_one_thread_or_two_the_same_bytes(method: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
     def made(threads: int, name: str) -> Path:
         torch.set_num_threads(threads)
@@ -84,14 +84,24 @@ def test_one_thread_or_two_the_same_bytes(method: str, tiny: Callable[..., Any],
     assert same_files(two, again)
 
 
+@pytest.mark.parametrize("method", ["best:tune=2", "gptq:bias", "tune:tune=2:block_tune=2"])
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_a_calibrated_folder_computes_what_was_made(
-    architecture: str, tiny: Callable[..., Any], ids: torch.Tensor, logits: Any, tmp_path: Path
+    architecture: str, method: str, tiny: Callable[..., Any], ids: torch.Tensor, logits: Any, tmp_path: Path
 ) -> None:
-    quantized = nybble.quantize(tiny(architecture), "int4:g32", "best:tune=2", WINDOWS)
+    model = tiny(architecture)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    quantized = nybble.quantize(model, "int4:g32", method, WINDOWS)
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]), f"{name} of the model given was changed"
+    still = {name for name, value in quantized.model().named_parameters() if torch.equal(value, before[name])}
+    moved = quantized.provenance.get("moved", {"biases": 0, "norms": 0})
+    assert (moved["biases"] > 0) == (architecture == "gpt2" and "best" not in method)
+    assert (moved["norms"] > 0) == ("tune:" in method)
+    assert (still == {name for name in before if name in dict(quantized.model().named_parameters())}) == (not any(moved.values()))
     loaded = nybble.load(quantized.save(tmp_path / "m"))
     torch.testing.assert_close(logits(loaded.model(), ids), logits(quantized.model(), ids), rtol=0, atol=0)
-    assert loaded.provenance["method"] == "best:tune=2"
+    assert loaded.provenance["method"] == str(parse_method(method))
 
 
 def test_calibration_pays(tiny: Callable[..., Any], logits: Any) -> None:

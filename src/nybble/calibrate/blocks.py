@@ -65,10 +65,21 @@ class Blocks:
 
     def run(self, index: int, state: Tensor, module: nn.Module | None = None) -> Tensor:
         """What block `index` makes of one window's hidden states [1, T, width]; `module` in its place."""
-        args, kwargs = self._arguments[index]
         with torch.no_grad():
-            result = (module or self.modules[index])(state, *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+            return self._call(index, state, module)
+
+    def _call(self, index: int, state: Tensor, module: nn.Module | None = None) -> Tensor:
+        args, kwargs = self._arguments[index]
+        result = (module or self.modules[index])(state, *args, **kwargs)
+        found = result[0] if isinstance(result, tuple) else result
+        assert isinstance(found, Tensor)
+        return found
+
+    def slope(self, index: int, state: Tensor, aim: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        """Gradient by leaf tensors of the block of the mean squared difference between what it gives and `aim`."""
+        with torch.enable_grad():
+            loss = (self._call(index, state) - aim).float().square().mean()
+            return torch.autograd.grad(loss, leaves)
 
     def inputs(self, index: int, state: Tensor, layer: nn.Module, module: nn.Module | None = None) -> Tensor:
         """float32 [T, K]: what a layer of the block is fed for one window; the block runs no further."""

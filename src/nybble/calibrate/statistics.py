@@ -24,6 +24,21 @@ class Statistics:
     cross: list[Tensor] | None = None
     """2/T sum of s_t x_t y_t^T, float64 [K, K]."""
     tokens: int = 0
+    means: list[Tensor] | None = None
+    """Weighted means of y_t, float64 [K], where moments are around them (and `cross` around both means); else None."""
+    float_means: list[Tensor] | None = None
+    """The same of x_t."""
+
+    def around_zero(self) -> Statistics:
+        """The same inputs, their moments not around their means."""
+        if self.means is None:
+            return self
+        moments = [moment + 2 * torch.outer(mean, mean) for moment, mean in zip(self.moments, self.means, strict=True)]
+        cross = None
+        if self.cross is not None and self.float_means is not None:
+            pairs = zip(self.cross, self.float_means, self.means, strict=True)
+            cross = [each + 2 * torch.outer(x, y) for each, x, y in pairs]
+        return Statistics(moments, cross, self.tokens)
 
     def parts(self, rows: int) -> list[tuple[slice, int]]:
         """(rows, index of their moments) for each group of a weight's rows."""
@@ -58,10 +73,21 @@ class Sums:
     moments: list[Tensor] = field(default_factory=list)
     cross: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+    centre: Tensor | None = None
+    """float32 [K], near the mean of y, where moments are wanted around means: what is subtracted first. Moments less the
+    square of a mean much larger than the spread would lose all digits."""
+    sums: list[Tensor] = field(default_factory=list)
+    """Sum of s_t (y_t - centre), float64 [K]; then the same of x, where there is one."""
 
     def add_window(self, y: Tensor, x: Tensor | None, counts: Sequence[Tensor | None]) -> None:
         """Add one window's activations [T, K]; `counts` weighs its tokens, float32 [T], per group of rows."""
         columns = y.shape[1]
+        if self.centre is not None:
+            y, x = y - self.centre, None if x is None else x - self.centre
+            found = [
+                (z if count is None else z * count[:, None]).sum(0).double() for z in (y, x) if z is not None for count in counts
+            ]
+            self.sums = [one + two for one, two in zip(self.sums, found, strict=True)] if self.sums else found
         if not self.moments:
             self.moments = [y.new_zeros(columns, columns) for _ in counts]
             self.cross = [] if x is None else [y.new_zeros(columns, columns) for _ in counts]
@@ -77,7 +103,8 @@ class Sums:
         mine = [moment.double() for moment in [*self.moments, *self.cross]]
         for total, more in zip(mine, [*other.moments, *other.cross], strict=True):
             total += more
-        return Sums(mine[: len(self.moments)], mine[len(self.moments) :], self.tokens + other.tokens)
+        sums = [one + two for one, two in zip(self.sums, other.sums, strict=True)]
+        return Sums(mine[: len(self.moments)], mine[len(self.moments) :], self.tokens + other.tokens, self.centre, sums)
 
     def finish(self) -> Statistics:
         """Divide by the tokens. The factor 2 is that of GPTQ's Hessian."""
@@ -86,7 +113,17 @@ class Sums:
         for moment in self.moments:
             upper = moment.double().triu_().mul_(factor)  # `moment` is not used again
             moments.append(upper.add_(upper.triu(1).T))
-        return Statistics(moments, [cross.double() * factor for cross in self.cross] or None, self.tokens)
+        found = Statistics(moments, [cross.double() * factor for cross in self.cross] or None, self.tokens)
+        if self.centre is not None:  # weights have mean 1: the tokens are the sum of them
+            means = [total / max(1, self.tokens) for total in self.sums]
+            mine, floats = means[: len(moments)], means[len(moments) :]
+            for moment, mean in zip(moments, mine, strict=True):
+                moment -= 2 * torch.outer(mean, mean)
+            for cross, x, y in zip(found.cross or (), floats, mine, strict=False):  # none without x
+                cross -= 2 * torch.outer(x, y)
+            found.means = [mean + self.centre for mean in mine]
+            found.float_means = [mean + self.centre for mean in floats] or None
+        return found
 
 
 def add_product(total: Tensor, weighted: Tensor, y: Tensor) -> None:

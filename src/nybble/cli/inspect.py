@@ -39,8 +39,9 @@ def run(
     typer.echo(f"\n{facts['kind']}: {len(rows)} tensors, {facts['weights']:,} numbers in {facts['bytes']:,} bytes of data, ")
     typer.echo(f"{facts['bits_per_weight']:.4f} bits per weight over all; {facts['file_bytes']:,} bytes on disk")
     for key, value in facts["provenance"].items():
-        if value not in (None, [], ""):
-            typer.echo(f"{key:16} {value}")
+        if value not in (None, [], "", {}):
+            text = ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else value
+            typer.echo(f"{key:16} {text}")
 
 
 def _inspect(path: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Tuning from plain rounding: codes and scales move down the slope of the KL against the float model.
+"""Tuning from plain rounding: block by block down the sign of the slope, then all together against the float model's predictions.
 
-Cheng et al., arXiv 2309.05516 (SignRound), with all layers together and the float model's predictions as the aim, where
-the paper takes block after block and its outputs.
+Codes and scales of one block after the other move by the sign of the gradient of the squared error of what the block gives
+(Cheng et al., arXiv 2309.05516, SignRound); then scales, norms and biases of all of them move down the slope of the KL against
+the float model (as Chen et al., arXiv 2407.11062, train scales alone, against labels). `best` starts from better codes.
 """
 
 from nybble.methods.steps.settings import Settings
 
-SETTINGS = Settings(scales="search", tune=300)
+SETTINGS = Settings(scales="search", block_tune=200, tune=100, travel=0.0, norms=True)

@@ -40,12 +40,19 @@ class Settings:
     """Pull of that target towards the float weight, as a share of the mean diagonal."""
     fisher: int = 0
     """Draws of the gradient of the true Fisher information that weight every token; 0: all tokens count alike."""
+    bias: bool = False
+    """What rounding takes from the mean of a layer's outputs goes into its bias, and its codes are chosen for the rest."""
     refine: int = 0
     """Rounds of refinement of codes, scales and offsets after rounding."""
+    block_tune: int = 0
+    """Steps of tuning each block by itself, codes and scales by the sign of the slope, for the least squared error of what it
+    gives (SignRound)."""
     tune: int = 0
     """Steps of tuning all layers together against the float model's predictions."""
+    norms: bool = False
+    """That tuning moves norms and biases too."""
     tune_bits: int = 8
-    """Most bits of a format that is tuned."""
+    """Most bits of a format that is tuned, either way."""
     batch: int = 8
     """Windows of each such step."""
     travel: float = 0.006
@@ -74,12 +81,12 @@ class Settings:
     @property
     def blockwise(self) -> bool:
         """Whether the model has to be walked block by block; else every weight is a matter of its own."""
-        return self.hessian or self.tune > 0 or self.edit != "none"
+        return self.hessian or self.bias or self.tune > 0 or self.block_tune > 0 or self.edit != "none"
 
     @property
     def draws(self) -> bool:
         """Whether `seed` changes anything."""
-        return self.fisher > 0 or self.tune > 0
+        return self.fisher > 0 or self.tune > 0 or self.block_tune > 0
 
     @property
     def hessian(self) -> bool:
@@ -91,15 +98,15 @@ class Settings:
         """Whether any step reads calibration text."""
         return self.blockwise or self.importance or self.activations == "static"
 
-    def steps_of_tuning(self, bits: int) -> int:
-        """Steps of tuning for codes of so many bits. A step costs the same at every size, and what it can gain shrinks with
-        the error: a fourth with each bit."""
-        return self.tune if bits <= self.tune_bits else 0
+    def tunes(self, bits: int) -> bool:
+        """Whether codes of so many bits are tuned. A step costs the same at every size, and what it can gain shrinks with the
+        error: a fourth with each bit."""
+        return (self.tune > 0 or self.block_tune > 0) and bits <= self.tune_bits
 
     @property
     def float_stream(self) -> bool:
         """Whether the float model's activations are needed."""
-        return self.target > 0 or self.inputs == "float"
+        return self.target > 0 or self.inputs == "float" or self.block_tune > 0
 
 
 PLAIN = Settings()
