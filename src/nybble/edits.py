@@ -118,7 +118,7 @@ class _Place:
             self.reason = "nothing that reads it is rounded"
         elif module._parameters.get("weight") is None:
             self.reason = self.reason or "it has no gain to fold a scale into"
-        elif not fold.norm and len(weight_view(module)) != fold.part[1] * weight_view(self.layers[0]).shape[1]:
+        elif not fold.norm and len(weight_view(module)) * fold.heads[1] != fold.part[1] * weight_view(self.layers[0]).shape[1]:
             self.reason = self.reason or "its rows are not the channels of what reads it"
         elif not fold.norm and source_format is not None and source_format.granularity == "tensor":
             self.reason = self.reason or "its rows share one scale, which would have to span theirs"
@@ -136,9 +136,9 @@ def _choose(place: _Place, blocks: Blocks, index: int, states: list[Tensor], set
     weights = [weight_view(reader).detach().float().contiguous() for reader, _ in place.rounded]
     try:
         if settings.edit == "awq":
-            scaled = awq_scale(weights, [fmt for _, fmt in place.rounded], channels, settings.scales)
+            scaled = awq_scale(weights, [fmt for _, fmt in place.rounded], channels, settings.scales, place.fold.heads)
         else:
-            scaled = Scaled(smooth_scale(weights, channels, settings.smooth))
+            scaled = Scaled(smooth_scale(weights, channels, settings.smooth, place.fold.heads))
     except NumericError as error:
         raise NumericError(f"{', '.join(place.readers)}: {error}") from error
     scale = scaled.scale.float()
@@ -182,12 +182,15 @@ def _fold(model: nn.Module, source: str, readers: tuple[str, ...], fold: Fold, s
         if fold.norm:
             weight.copy_((weight.float() + fold.gain_offset) / scale - fold.gain_offset)
             channels = slice(None)
+            divisor = scale
         else:
-            first = len(scale) * fold.part[0]
-            channels = slice(first, first + len(scale))
-            weight_view(module)[channels].div_(scale[:, None])
+            count, share = fold.heads
+            divisor = scale.reshape(count // share, share, -1)[:, 0].reshape(-1)  # of one query head to a value head
+            first = len(divisor) * fold.part[0]
+            channels = slice(first, first + len(divisor))
+            weight_view(module)[channels].div_(divisor[:, None])
         if bias is not None:
-            bias[channels].div_(scale)
+            bias[channels].div_(divisor)
             changed.add(f"{source}.bias")
         for name in readers:
             weight_view(model.get_submodule(name)).mul_(scale)

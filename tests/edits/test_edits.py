@@ -94,7 +94,7 @@ def test_the_places_of_every_table(tiny: Callable[..., Any]) -> None:
     llama = places("llama")
     assert llama["input_layernorm"][0] == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     assert llama["post_attention_layernorm"][0] == ("mlp.gate_proj", "mlp.up_proj")
-    assert llama["self_attn.v_proj"] == (("self_attn.o_proj",), "4 query heads share 2 value heads")
+    assert llama["self_attn.v_proj"] == (("self_attn.o_proj",), "")
     assert llama["mlp.up_proj"] == (("mlp.down_proj",), "")
     assert "pre_feedforward_layernorm" in places("gemma2")
     phi = places("phi")
@@ -105,6 +105,27 @@ def test_the_places_of_every_table(tiny: Callable[..., Any]) -> None:
     config = copy.deepcopy(tiny("opt").config)
     config.do_layer_norm_before = False  # OPT 350M: its norms come after
     assert folds(table_for("opt"), config) == ([], "with do_layer_norm_before False this model does not run as its table says")
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_query_heads_that_share_a_value_head_share_its_scale(method: str, tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    config = model.config
+    heads, values, generator = config.num_attention_heads, config.num_key_value_heads, torch.Generator().manual_seed(0)
+    assert heads > values
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(
+                torch.exp(torch.randn(layer.self_attn.v_proj.weight.shape[0], generator=generator))[:, None]
+            )
+    found = [e for e in edit(model, method) if e.source.endswith("v_proj")]
+    assert all(not e.reason for e in found if method == "smoothquant")
+    scales = [e.scale for e in found if e.scale is not None]
+    assert scales
+    for scale in scales:
+        by_head = scale.reshape(values, heads // values, -1)
+        torch.testing.assert_close(by_head, by_head[:, :1].expand_as(by_head), rtol=0, atol=0)
+        assert float(scale.max() / scale.min()) > 1.1
 
 
 class Toy(torch.nn.Module):

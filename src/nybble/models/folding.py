@@ -3,8 +3,8 @@
 Divide channel j of a norm's gain and bias by s_j, multiply column j of every matrix that reads the norm by s_j, and the
 model computes what it did before: that is where AWQ (arXiv 2306.00978, section 3.2) and SmoothQuant (arXiv 2211.10438,
 section 4) put their scales. The same holds for two matrices with nothing between them but a product channel by channel:
-value and attention output where every query head has a value head of its own, up and down of a gated feed-forward layer, and
-up and down around a ReLU. All of it is read off an architecture's table; no weights here.
+value and attention output (channels of query heads that share a value head share a scale), up and down of a gated feed-forward
+layer, and up and down around a ReLU. All of it is read off an architecture's table; no weights here.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Fold:
     norm: bool = True
     part: tuple[int, int] = (0, 1)
     """(i, n): the channels are the i-th of n equal parts of the source's rows (value in one matrix with query and key)."""
+    heads: tuple[int, int] = (1, 1)
+    """(query heads, of them to a value head): the readers' channels are those of query heads, the source's of value heads."""
     gain_offset: float = 0.0
     """Added to the norm's gain (Gemma: 1)."""
     reason: str = ""
@@ -49,11 +51,11 @@ def folds(table: Architecture, config: Any) -> tuple[list[Fold], str]:
 
 
 def _attention(how: Decoding, config: Any) -> Fold:
-    heads = getattr(config, how.heads, None)
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    reason = "" if heads == shared else f"{heads} query heads share {shared} value heads"
+    heads = int(getattr(config, how.heads, None) or 1)
+    values = int(getattr(config, "num_key_value_heads", None) or heads)
+    reason = f"{heads} query heads do not share {values} value heads evenly" if heads % values else ""
     source, part = (how.attention_in[0], (2, 3)) if len(how.attention_in) == 1 else (how.attention_in[2], (0, 1))
-    return Fold(source, (how.attention_out,), norm=False, part=part, reason=reason)
+    return Fold(source, (how.attention_out,), norm=False, part=part, heads=(heads, max(1, heads // values)), reason=reason)
 
 
 def _feed_forward(how: Decoding, config: Any) -> Fold:

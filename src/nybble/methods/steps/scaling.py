@@ -39,8 +39,20 @@ class Scaled:
     after: float | None = None
 
 
-def awq_scale(weights: Sequence[Tensor], formats: Sequence[Format], channels: Channels, scales: Scales) -> Scaled:
-    """AWQ's scale for weights, float32 [N, K] each, that read the same channels.
+def tied(scale: Tensor, heads: tuple[int, int]) -> Tensor:
+    """A scale [K] over the channels of query heads, made the same (the geometric mean) for those that share a value head;
+    `heads` are (query heads, of them to a value head), side by side."""
+    count, share = heads
+    if share == 1:
+        return scale
+    groups = scale.reshape(count // share, share, -1)
+    return groups.log().mean(1, keepdim=True).exp().expand_as(groups).reshape(-1)
+
+
+def awq_scale(
+    weights: Sequence[Tensor], formats: Sequence[Format], channels: Channels, scales: Scales, heads: tuple[int, int] = (1, 1)
+) -> Scaled:
+    """AWQ's scale for weights, float32 [N, K] each, that read the same channels (`heads`: see `tied`).
 
     Candidates are x^r (arXiv 2306.00978, equation 5) and x^r / (w^(1-r) + 1e-4) (the "duo" of llm-compressor's AWQ), with
     x = mean |x|, w the mean of |W| as a share of its block's largest, r = 0, .05 .. .95, divided by sqrt(max min).
@@ -55,7 +67,7 @@ def awq_scale(weights: Sequence[Tensor], formats: Sequence[Format], channels: Ch
         raise NumericError("the calibration statistics hold NaN or infinity: activations overflowed; calibrate on other text")
     some = [weight[:: -(-len(weight) // ROWS)] for weight in weights]
     coarse = hessian.float() / float(hessian.diagonal().mean() or 1.0)  # only the order counts; float32 holds no 1e40
-    candidates = awq_candidates(weights, formats, channels.mean)
+    candidates = [tied(scale, heads) for scale in awq_candidates(weights, formats, channels.mean)]
     judged = [scaled_loss(some, formats, coarse, s, "range") for s in candidates]
     one = torch.ones_like(channels.mean)
     best, before = one, scaled_loss(weights, formats, hessian, one, scales)
@@ -116,9 +128,10 @@ def scaled_loss(weights: Sequence[Tensor], formats: Sequence[Format], hessian: T
     return total
 
 
-def smooth_scale(weights: Sequence[Tensor], channels: Channels, exponent: float) -> Tensor:
+def smooth_scale(weights: Sequence[Tensor], channels: Channels, exponent: float, heads: tuple[int, int] = (1, 1)) -> Tensor:
     """SmoothQuant's scale (arXiv 2211.10438, equation 4): max|x_j|^a / max|W_:j|^(1-a), float64 [K], for weights, float32
-    [N, K] each, that read the same channels; both the column's largest and the result are at least 1e-5, as in its code."""
+    [N, K] each, that read the same channels (`heads`: see `tied`); both the column's largest and the result are at least 1e-5,
+    as in its code."""
     largest = torch.stack([weight.abs().amax(0).double() for weight in weights]).amax(0).clamp(min=1e-5)
     scale = (channels.largest**exponent / largest ** (1 - exponent)).clamp(min=1e-5)
-    return torch.where(channels.largest > 0, scale, 1.0)
+    return tied(torch.where(channels.largest > 0, scale, 1.0), heads)
