@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from nybble.evaluate.compare import compare
     from nybble.formats import QTensor, format_names, parse_format
     from nybble.methods import method_names
-    from nybble.run import Quantized, load, quantize
+    from nybble.quantized import Quantized, load
+    from nybble.run import quantize
 
 _HOME = {
     "QTensor": "nybble.formats",
-    "Quantized": "nybble.run",
+    "Quantized": "nybble.quantized",
     "compare": "nybble.evaluate.compare",
     "format_names": "nybble.formats",
-    "load": "nybble.run",
+    "load": "nybble.quantized",
     "method_names": "nybble.methods",
     "parse_format": "nybble.formats",
     "quantize": "nybble.run",

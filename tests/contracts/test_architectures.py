@@ -19,7 +19,7 @@ from nybble.formats import parse_format
 from nybble.models.arch import tables
 from nybble.models.describe import describe, sites
 from nybble.models.packed import PackedWeight
-from nybble.run import tensor_bytes
+from nybble.quantized import tensor_bytes
 
 SPECS = ("int8:channel", "int4:g32,asym", "nf4:g64,dq")
 NAMES = (

@@ -14,7 +14,7 @@ import torch
 import nybble
 from nybble.errors import InputError, UsageError
 from nybble.methods import method_names, parse_method
-from nybble.run import Quantized
+from nybble.quantized import Quantized
 
 FORMATS = (
     "int8:channel", "int4:g32", "nf4:g64,dq", "int3:g64", "int8:tensor,asym", "nf4:g64", "int4:g64,asym", "fp4:g32", "int2:g32",

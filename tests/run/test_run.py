@@ -17,7 +17,7 @@ from nybble import demo
 from nybble.calibrate.importance import input_importance
 from nybble.errors import FileFormatError, InputError, NumericError, OutputError, UsageError
 from nybble.models.packed import PackedWeight
-from nybble.run import float_weights
+from nybble.quantized import float_weights
 
 WINDOWS = np.random.default_rng(0).integers(3, 97, size=(6, 32))
 

@@ -76,7 +76,7 @@ def run(
         from nybble.evaluate.activations import evaluate_activations
         from nybble.models.inputs import count_outliers, outlier_note
         from nybble.models.loading import load_tokenizer, window_length
-        from nybble.run import load
+        from nybble.quantized import load
 
         quantized = load(folder)
         length = window_length(quantized.model(), window)

@@ -333,7 +333,7 @@ def _with_torch(folder: Path, prompt: str, settings: Settings) -> str:
     check_tokenizer(folder)
     from nybble.evaluate.speed import greedy_text, top_k_text
     from nybble.models.loading import load_tokenizer
-    from nybble.run import load
+    from nybble.quantized import load
 
     tokenizer, model = load_tokenizer(folder), load(folder).model()
     if settings.sampling.greedy:

@@ -33,7 +33,7 @@ def quality(job: Job) -> None:
     from nybble.models.describe import describe
     from nybble.models.loading import load_model
     from nybble.plan import Recipe, make_plan
-    from nybble.run import float_weights
+    from nybble.quantized import float_weights
 
     torch.set_num_threads(job.threads)
     model = load_model(job.folder)
@@ -130,7 +130,7 @@ def _score_folder(folder: Path, windows: Any, cache: Any) -> Any:
     """Quality of a saved variant, loaded again from its file, and what is to be said of its activations."""
     from nybble.evaluate.quality import evaluate
     from nybble.models.inputs import count_outliers, outlier_note
-    from nybble.run import load
+    from nybble.quantized import load
 
     def report(done: int, total: int) -> None:
         emit("progress", what="perplexity", done=done, total=total)
@@ -152,7 +152,7 @@ def measure(job: Job, folder: Path) -> None:
     from nybble.evaluate.speed import greedy_text, measure_speed, prompt_tokens, top_k_text
     from nybble.models.checkpoint import open_checkpoint
     from nybble.models.loading import context_length, load_tokenizer, warm_up
-    from nybble.run import load, tensor_bytes
+    from nybble.quantized import load, tensor_bytes
 
     torch.set_num_threads(job.threads)
     warm_up(open_checkpoint(folder).config)
@@ -230,7 +230,7 @@ def bytes_per_token(model: Any) -> int:
     """Bytes of weights that one new token must read: all but the embedding tables that are only looked up."""
     from torch import nn
 
-    from nybble.run import tensor_bytes
+    from nybble.quantized import tensor_bytes
 
     read_whole = {id(m.weight) for m in model.modules() if hasattr(m, "weight") and not isinstance(m, nn.Embedding)}
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in read_whole]

@@ -77,7 +77,7 @@ class Packed(Generate):
 
     def facts(self) -> dict[str, Any]:
         from nybble.evaluate.worker import bytes_per_token
-        from nybble.run import tensor_bytes
+        from nybble.quantized import tensor_bytes
 
         return {**super().facts(), "weight_bytes": tensor_bytes(self._model), "token_bytes": bytes_per_token(self._model)}
 
