@@ -76,10 +76,11 @@ class Blocks:
         return found
 
     def slope(self, index: int, state: Tensor, aim: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        """Gradient by leaf tensors of the block of the mean squared difference between what it gives and `aim`."""
+        """Gradient by leaf tensors of the block of the mean squared difference between what it gives and `aim`; zeros for what
+        it does not use."""
         with torch.enable_grad():
             loss = (self._call(index, state) - aim).float().square().mean()
-            return torch.autograd.grad(loss, leaves)
+            return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
     def inputs(self, index: int, state: Tensor, layer: nn.Module, module: nn.Module | None = None) -> Tensor:
         """float32 [T, K]: what a layer of the block is fed for one window; the block runs no further."""

@@ -72,12 +72,13 @@ class Predictions:
         return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / len(p)
 
     def slope(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-        """(mean KL, its gradient by each weight), over some windows. `weights` are the model's own leaf tensors."""
+        """(mean KL, its gradient by each weight), over some windows. `weights` are the model's own leaf tensors; zeros for
+        what the model does not use."""
 
         def one(index: int) -> tuple[float, tuple[Tensor, ...]]:
             with torch.enable_grad():
                 loss = self.loss(index)
-                return float(loss.detach()), torch.autograd.grad(loss, list(weights.values()))
+                return float(loss.detach()), torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
 
         total = 0.0
         sums: list[Tensor] = []

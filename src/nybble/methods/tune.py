@@ -7,4 +7,4 @@ the float model (as Chen et al., arXiv 2407.11062, train scales alone, against l
 
 from nybble.methods.steps.settings import Settings
 
-SETTINGS = Settings(scales="search", block_tune=200, tune=100, travel=0.0, norms=True)
+SETTINGS = Settings(scales="search", block_tune=200, tune=50, travel=0.0, norms=True)
