@@ -41,7 +41,7 @@ compare: setup
 	$(BIN)/nybble compare --variants default,int4:g64+gptq,int3:g64+best:tune=0 --force -o out/compare
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 25 --durations-min 3
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
