@@ -107,6 +107,21 @@ def test_figures_are_medians_over_rounds(workers: Callable[[Answer], list[dict[s
     assert "exact" not in torch
 
 
+def test_a_share_is_of_what_memory_reads_beside_its_turn(
+    workers: Callable[[Answer], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers(lambda job: turn(0.5))
+    readings = iter([20.0 * GB, 40.0 * GB, 80.0 * GB, 50.0 * GB, 25.0 * GB, 25.0 * GB])  # before and after each of three turns
+    monkeypatch.setattr(kernels, "read_bandwidth", lambda *_: next(readings))
+    done = race(formats="int8", rounds=3)
+    ours = done.line(done.finished[0])
+    rate = ours["bytes_per_token"] * 100
+    assert ours["turns"]["bandwidth_share"] == pytest.approx([rate / (each * GB) for each in (40, 80, 25)], rel=1e-3)
+    assert ours["bandwidth_share"] == pytest.approx(rate / (40 * GB), rel=1e-3)
+    assert ours["bandwidth_bytes_per_second"] == 40 * GB
+    assert done.bandwidths == (25 * GB, 80 * GB)
+
+
 def test_a_clipped_work_load_has_no_figure_of_the_full_one(
     workers: Callable[[Answer], list[dict[str, Any]]], tiny: Callable[..., Any], tmp_path: Path
 ) -> None:

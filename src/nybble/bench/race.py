@@ -182,10 +182,9 @@ class _Run:
         if not paths:
             raise InputError(f"nobody can race: {self._skipped[-1]}")
         standings = [Standing(racer) for racer in paths]
-        bandwidths, loads = [], []
+        loads = []
         for number in range(self._settings.rounds):
             loads.append(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0)
-            bandwidths.append(kernels.read_bandwidth(BANDWIDTH_BYTES, self._settings.threads, BANDWIDTH_REPEATS))
             for standing in standings:
                 self._steps.next(f"round {number + 1}: {standing.racer}", "racing")
                 if standing.failed is None:
@@ -193,11 +192,11 @@ class _Run:
         done = Race(
             model=name,
             threads=self._settings.threads,
+            rounds=self._settings.rounds,
             repeats=self._settings.repeats,
             exact=self._settings.exact,
             workload=self._workload,
             cached_numbers=cached_numbers(self._checkpoint.config),
-            bandwidths=tuple(bandwidths),
             loads=tuple(loads),
             machine={**memory.machine(), "instruction_set": kernels.instruction_set()},
             created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -222,11 +221,16 @@ class _Run:
             "workload": self._workload.as_job(self._settings.repeats),
         }
         try:
+            before = self._bandwidth()
             standing.turns.append(self._children.run(job, str(racer)))
+            standing.bandwidths.append(max(before, self._bandwidth()))
             standing.rounds.append(number)
         except NybbleError as error:
             standing.failed = str(error)
             self._skip(f"{racer} failed: {error}")
+
+    def _bandwidth(self) -> float:
+        return kernels.read_bandwidth(BANDWIDTH_BYTES, self._settings.threads, BANDWIDTH_REPEATS)
 
     def _skip(self, line: str) -> None:
         self._skipped.append(line)

@@ -64,13 +64,19 @@ def describe(race: Race) -> list[str]:
     machine = race.machine
     lines = [
         f"{race.model}: prompt of {work.prompt_tokens} tokens, {work.new_tokens} new ones, greedy; prefill of "
-        f"{work.prefill_tokens}; median of {len(race.bandwidths)} rounds, each the best of {race.repeats} runs in a new process",
+        f"{work.prefill_tokens}; median of {race.rounds} rounds, each the best of {race.repeats} runs in a new process",
         f"{machine['cpu']}, {race.threads} of {machine['cores']} threads, {machine['instruction_set']}; memory reads "
-        f"{race.bandwidth / 1e9:.1f} GB/s" + (f"; load average {statistics.median(race.loads):.2f}" if race.loads else ""),
+        f"{_reads(race)}" + (f"; load average {statistics.median(race.loads):.2f}" if race.loads else ""),
     ]
     if any(standing.racer.runtime == OURS for standing in race.finished):
         lines.append("nybble computes with float activations (--exact)" if race.exact else "nybble may round activations to int8")
     return [*lines, *work.notes]
+
+
+def _reads(race: Race) -> str:
+    """What memory read at in the race."""
+    least, most = (f"{each / 1e9:.1f}" for each in race.bandwidths)
+    return f"{least} GB/s" if least == most else f"{least} to {most} GB/s"
 
 
 def render_markdown(race: Race, plot: bool) -> str:
@@ -83,7 +89,7 @@ def render_markdown(race: Race, plot: bool) -> str:
     lines += [f"| racer | {' | '.join(heads)} |", f"| :-- | {' | '.join('--:' for _ in heads)} |"]
     lines += [f"| {escape(name)} | {' | '.join(cells)} |" for name, cells in zip(names, rows, strict=True)]
     lines += ["", *(f"- {escape(line)}" for line in (*describe(race), *race.skipped)), ""]
-    lines += ["MB are 10^6 bytes. Bandwidth is the share of the memory's read bandwidth that decoding reaches.", ""]
+    lines += ["MB are 10^6 bytes. Bandwidth is the share that decoding reaches of what memory reads right before and after.", ""]
     if plot:
         lines += ["![Tokens per second of each racer](decode.png)", ""]
     return "\n".join(lines)
@@ -120,7 +126,7 @@ def draw_decode(race: Race) -> bytes | None:
         axes.set_title("Decoding: tokens per second (higher is better), and share of the memory's read bandwidth")
         axes.set_xlabel(
             f"{clean_label(race.model, 60)}; {clean_label(str(race.machine['cpu']), 60)}, {race.threads} threads, "
-            f"{race.bandwidth / 1e9:.1f} GB/s; line: range of the rounds; grey: peers"
+            f"{_reads(race)}; line: range of the rounds; grey: peers"
         )
         return render(figure, "decode", "Decoding speed", "Tokens per second of each racer.").png
 

@@ -29,6 +29,9 @@ class Standing:
     turns: list[dict[str, Any]] = field(default_factory=list)
     rounds: list[int] = field(default_factory=list)
     """Round of each turn."""
+    bandwidths: list[float] = field(default_factory=list)
+    """Bytes per second that memory reads at, of each turn: the higher of two readings, right before it and right after. A shared
+    machine may change that by half within seconds, so a share is only worth something within its turn."""
     failed: str | None = None
 
     @property
@@ -43,13 +46,12 @@ class Race:
 
     model: str
     threads: int
+    rounds: int
     repeats: int
     exact: bool
     workload: Workload
     cached_numbers: int
     """Keys and values that the model caches for one position."""
-    bandwidths: tuple[float, ...]
-    """Bytes per second that memory reads at, measured at the start of each round."""
     loads: tuple[float, ...]
     """The machine's load average (1 minute) at the start of each round; empty where it is not known."""
     machine: dict[str, Any]
@@ -70,9 +72,10 @@ class Race:
         return next((by_name[name] for name in BASELINES if name in by_name), self.finished[0])
 
     @property
-    def bandwidth(self) -> float:
-        """The highest of `bandwidths`: what else ran can only lower them, and a low one would flatter every share."""
-        return max(self.bandwidths)
+    def bandwidths(self) -> tuple[float, float]:
+        """The least and the largest of all turns."""
+        found = [each for standing in self.finished for each in standing.bandwidths]
+        return min(found), max(found)
 
     def token_bytes(self, standing: Standing) -> int:
         """Bytes that a new token of this racer reads: weights, and the cache at its average length."""
@@ -83,19 +86,19 @@ class Race:
     def figures(self, standing: Standing) -> dict[str, list[float]]:
         """Figure -> its value in each turn."""
         columns: dict[str, list[float]] = {}
-        for number, turn in zip(standing.rounds, standing.turns, strict=True):
-            for name, value in self._figures_of(standing, number, turn).items():
+        for number, turn, bandwidth in zip(standing.rounds, standing.turns, standing.bandwidths, strict=True):
+            for name, value in self._figures_of(standing, number, turn, bandwidth).items():
                 columns.setdefault(name, []).append(value)
         return columns
 
-    def _figures_of(self, standing: Standing, number: int, turn: dict[str, Any]) -> dict[str, float]:
+    def _figures_of(self, standing: Standing, number: int, turn: dict[str, Any], bandwidth: float) -> dict[str, float]:
         work = self.workload
         plain = ("load_s", "first_token_s", "memory_before_load_bytes", "memory_loaded_bytes", "memory_peak_bytes")
         found = {name: turn[name] for name in plain if turn.get(name) is not None}
         if "decode_s" in turn:
             found["tokens_per_second"] = work.new_tokens / turn["decode_s"]
             rate = self.token_bytes(standing) * found["tokens_per_second"]
-            found["bandwidth_share"] = rate / self.bandwidth
+            found["bandwidth_share"] = rate / bandwidth
             other = dict(zip(self.baseline.rounds, self.baseline.turns, strict=True)).get(number)
             if other is not None:
                 found["ratio_to_baseline"] = other["decode_s"] / turn["decode_s"]
@@ -124,7 +127,7 @@ class Race:
             **_rounded(medians),
             "weight_bytes": facts["weight_bytes"],
             "bytes_per_token": self.token_bytes(standing),
-            "bandwidth_bytes_per_second": round(self.bandwidth),
+            "bandwidth_bytes_per_second": round(statistics.median(standing.bandwidths)),
             "tokens_as_float": count_equal(facts["tokens"], baseline.facts["tokens"]),
             "baseline": str(baseline.racer),
             "prompt_tokens": work.prompt_tokens,
