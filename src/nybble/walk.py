@@ -230,14 +230,14 @@ class Walk:
 
         def slope(leaves: dict[str, Tensor], indices: list[int]) -> dict[str, Tensor]:
             values = list(leaves.values())
-            parts = list(self.workers.map(lambda w: blocks.slope(index, inputs[w], aims[w], values), indices))
-            return {name: torch.stack(each).mean(0) for name, each in zip(leaves, zip(*parts, strict=True), strict=True)}
+            found = self.workers.mean_tensors(lambda w: blocks.slope(index, inputs[w], aims[w], values), indices)
+            return dict(zip(leaves, found, strict=True))
 
         def loss(indices: Sequence[int]) -> float:
             def one(w: int) -> float:
                 return float((blocks.run(index, inputs[w]) - aims[w]).float().square().mean())
 
-            return sum(self.workers.map(one, indices)) / len(indices)
+            return self.workers.mean(one, indices)
 
         what = f"tuning {blocks.prefix}.{index}, error"
         self.block_histories.append(self._tune_latents(dict(signed), pace, slope, loss, what))
@@ -256,9 +256,7 @@ class Walk:
             latents |= {name: FloatLatent(value) for name, value in found.items()}
         pace = Pace(self.settings.tune, self.settings.travel, self.settings.gain, self.settings.batch, self.settings.seed)
         self._latents = {}
-        self.history = self._tune_latents(
-            latents, pace, lambda leaves, indices: predictions.slope(leaves, indices)[1], predictions.mean_loss, "tuning, KL"
-        )
+        self.history = self._tune_latents(latents, pace, predictions.slope, predictions.mean_loss, "tuning, KL")
 
     def _tune_latents(
         self,

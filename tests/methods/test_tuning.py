@@ -130,7 +130,9 @@ def test_float_parameters_move_by_shares_of_their_size() -> None:
     torch.testing.assert_close(
         latent.value() - start, 0.01 * 0.04 * 2 * torch.tensor([-1.0, -1.0, 1.0, 0.0]), atol=1e-6, rtol=1e-3
     )
-    assert (FloatLatent(torch.zeros(3)).value() == 0).all()
+    zeros = FloatLatent(torch.zeros(3))
+    zeros.step(torch.tensor([1.0, -1.0, 0.0]), 0.5, 0.01, 1)
+    torch.testing.assert_close(zeros.value(), 0.01 * 0.04 * 1e-3 * torch.tensor([-1.0, 1.0, 0.0]), atol=0, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("bits", "tuned"), [(2, True), (3, True), (4, False), (8, False)])

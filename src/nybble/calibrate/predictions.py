@@ -71,25 +71,15 @@ class Predictions:
         q = self._model(self._ids(index), **no_cache(self._model)).logits[0].float().log_softmax(-1)
         return torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True) / len(p)
 
-    def slope(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-        """(mean KL, its gradient by each weight), over some windows. `weights` are the model's own leaf tensors; zeros for
-        what the model does not use."""
+    def slope(self, weights: Mapping[str, Tensor], indices: Sequence[int]) -> dict[str, Tensor]:
+        """Gradient of the mean KL over some windows by each weight. `weights` are the model's own leaf tensors; zeros for what
+        the model does not use."""
 
-        def one(index: int) -> tuple[float, tuple[Tensor, ...]]:
+        def one(index: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                loss = self.loss(index)
-                return float(loss.detach()), torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+                return torch.autograd.grad(self.loss(index), list(weights.values()), materialize_grads=True)
 
-        total = 0.0
-        sums: list[Tensor] = []
-        for loss, gradients in self._workers.map(one, indices):
-            total += loss
-            if sums:
-                for mine, theirs in zip(sums, gradients, strict=True):
-                    mine += theirs
-            else:
-                sums = [gradient.clone() for gradient in gradients]
-        return total / len(indices), {name: s / len(indices) for name, s in zip(weights, sums, strict=True)}
+        return dict(zip(weights, self._workers.mean_tensors(one, indices), strict=True))
 
     def mean_loss(self, indices: Sequence[int]) -> float:
         """Mean KL over some windows."""
@@ -98,4 +88,4 @@ class Predictions:
             with torch.no_grad():
                 return float(self.loss(index))
 
-        return sum(self._workers.map(one, indices)) / len(indices)
+        return self._workers.mean(one, indices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -38,6 +38,21 @@ class Workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    def mean(self, function: Callable[[Item], float], items: Sequence[Item]) -> float:
+        """Mean of what a function gives, summed in the order of the items."""
+        return sum(self.map(function, items)) / len(items)
+
+    def mean_tensors(self, function: Callable[[Item], Sequence[torch.Tensor]], items: Sequence[Item]) -> list[torch.Tensor]:
+        """Mean of each of the tensors that a function gives, summed in the order of the items as they come."""
+        sums: list[torch.Tensor] = []
+        for tensors in self.map(function, items):
+            if sums:
+                for total, more in zip(sums, tensors, strict=True):
+                    total += more
+            else:
+                sums = [tensor.clone() for tensor in tensors]
+        return [total / len(items) for total in sums]
 
     def each(self, function: Callable[[int], Any], indices: Iterable[int]) -> None:
         """Call a function for every index and wait for all."""
