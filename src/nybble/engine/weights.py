@@ -115,7 +115,10 @@ class Weights:
         codes = _aligned(stored.pop("codes"))
         scale, offset = fmt.kernel_grid(stored)
         levels = np.ascontiguousarray(fmt.levels)
-        return kernels.lay(codes, shape[1], fmt.bits, levels, fmt.block(shape[1]), scale, offset, drop=True, threads=threads)
+        block = fmt.block(shape[1])
+        return kernels.lay(
+            codes, shape[1], fmt.bits, levels, block, scale, offset, drop=True, threads=threads, shifted=fmt.shifted
+        )
 
 
 def _check_schemes(native: NativeFile, folder: Path) -> None:

@@ -4,6 +4,7 @@ A format answers two questions for a weight [N, K] = [out, in]: which values can
 what is stored for it (`storage`, `bits_per_weight`). The value that a code stands for is always
 
     value = scale * (levels[code] - offset)          all in float32
+    value = scale * levels[code] + offset            for a format that is `shifted`: ggml's, whose files hold minima
 
 with scale and offset shared by the columns of one block. A block is a run of `block` columns of one row; the last block
 of a row may be shorter (K = 172, block 64: 64 + 64 + 44). `tensor` granularity is one block for the whole matrix.
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble import kernels
-from nybble.errors import NumericError
+from nybble.errors import NumericError, UsageError
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -54,6 +55,10 @@ class Format(ABC):
     """A floating format: no params, codes are the bit patterns of the floats."""
     is_integer: bool = False
     """Codes are whole numbers, which can be multiplied with whole numbers: what rounded activations need."""
+    shifted: bool = False
+    """The offset is a shift in values: value = scale * level + offset."""
+    whole: int = 1
+    """Rows are made of whole runs of so many columns: a format of ggml's has no short last block."""
 
     @property
     @abstractmethod
@@ -107,6 +112,25 @@ class Format(ABC):
     def encode(self, weight: Float32, params: Params) -> Codes:
         """Codes [N, K] of the representable values nearest to the weight [N, K]."""
 
+    def round(self, weight: Float32, importance: Float32 | None = None) -> tuple[Codes, Params]:
+        """(codes, params) of plain rounding: `fit`, then `encode`. A format overrides it whose reference chooses codes by a scale
+        that is not rounded yet. Errors and importance as in `fit`."""
+        params = self.fit(weight, importance)
+        return self.encode(weight, params), params
+
+    def fallback(self, columns: int) -> str | None:
+        """Spec of the format that takes this one's place where rows of `columns` are no multiple of `whole`; None: this one
+        fits, or none does."""
+        return None
+
+    def check_columns(self, columns: int) -> None:
+        """Raise UsageError for rows that this format cannot hold."""
+        if columns % self.whole:
+            raise UsageError(
+                f"format {self} holds rows of a multiple of {self.whole} columns, not {columns}; "
+                f"use {self.fallback(columns) or 'fp16'} for this tensor"
+            )
+
     @abstractmethod
     def storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What is stored for a weight of this shape: suffix -> (numpy dtype name, shape)."""
@@ -136,9 +160,12 @@ class Format(ABC):
         """float32 [N, K]: the weight that codes and params stand for. This is the definition that kernels must match."""
         scale, offset = self.grid(params)
         values = self.levels[codes]
-        if offset is not None:
-            values -= spread(offset, codes.shape[1], self.block(codes.shape[1]))
-        values *= spread(scale, codes.shape[1], self.block(codes.shape[1]))
+        block = self.block(codes.shape[1])
+        if offset is not None and not self.shifted:
+            values -= spread(offset, codes.shape[1], block)
+        values *= spread(scale, codes.shape[1], block)
+        if offset is not None and self.shifted:
+            values += spread(offset, codes.shape[1], block)
         return values
 
     def stored_bits(self, shape: tuple[int, int]) -> int:

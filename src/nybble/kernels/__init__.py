@@ -111,14 +111,16 @@ def decode(
     scale: Parameter,
     offset: Parameter | None = None,
     threads: int = 1,
+    shifted: bool = False,
 ) -> Floats:
-    """The weight float32 [N, columns]: scale * (levels[code] - offset), each step rounded to float32.
+    """The weight float32 [N, columns]: scale * (levels[code] - offset), or where `shifted` scale * levels[code] + offset, each
+    step rounded to float32.
 
     packed uint8 [N, row_bytes]; levels float32 [2**bits], finite; scale and offset float16 or float32, one value for
     each run of `block` columns, [N, ceil(columns / block)], or [1, 1] when one block spans the row; no offset means 0.
     The result does not depend on threads. Raises ValueError for shapes, types or ranges that do not fit.
     """
-    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset)
+    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset, shifted)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
     out = np.empty((weight.packed.shape[0], weight.columns), dtype=np.float32)
     if _native is None:
@@ -137,12 +139,13 @@ def gather(
     block: int,
     scale: Parameter,
     offset: Parameter | None = None,
+    shifted: bool = False,
 ) -> Floats:
     """The chosen rows of the weight, float32 [T, columns], for rows int64 [T]: an embedding look-up.
 
     The other arguments are those of decode. Raises IndexError for a row outside 0 to N - 1.
     """
-    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset)
+    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset, shifted)
     chosen = arguments.row_numbers(rows, weight.packed.shape[0])
     out = np.empty((chosen.shape[0], weight.columns), dtype=np.float32)
     if _native is None:
@@ -160,9 +163,10 @@ def check_weight(
     block: int,
     scale: Parameter,
     offset: Parameter | None = None,
+    shifted: bool = False,
 ) -> Packed:
     """The parts of a packed weight, checked against each other once, for many calls of `matmul_checked`. No copies."""
-    return arguments.weight(packed, columns, bits, levels, block, scale, offset)
+    return arguments.weight(packed, columns, bits, levels, block, scale, offset, shifted)
 
 
 class Laid(Protocol):
@@ -191,12 +195,13 @@ def lay(
     offset: Parameter | None = None,
     drop: bool = False,
     threads: int = 1,
+    shifted: bool = False,
 ) -> Laid:
     """The kernel layout of a packed weight; the arguments are those of `decode`.
 
     `drop` says that the arrays are not read again after this: the pages of a mapped file are given back to the system.
     """
-    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset)
+    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset, shifted)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
     if _native is None:
         return reference.Laid(weight)

@@ -40,6 +40,7 @@ class Packed(NamedTuple):
     block: int  # at most max(1, K)
     scale: Parameter  # [N, blocks] or [1, 1]
     offset: Parameter | None  # the same
+    shifted: bool = False  # value = scale * level + offset, not scale * (level - offset)
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
@@ -98,7 +99,16 @@ def _parameter(name: str, value: object, rows: int, blocks: int) -> Parameter:
     return found
 
 
-def weight(packed: object, columns: int, bits: int, levels: object, block: int, scale: object, offset: object | None) -> Packed:
+def weight(
+    packed: object,
+    columns: int,
+    bits: int,
+    levels: object,
+    block: int,
+    scale: object,
+    offset: object | None,
+    shifted: bool = False,
+) -> Packed:
     """All parts of a packed weight, checked against each other."""
     streams = packed_rows(packed, columns, bits)
     table: Floats = array("levels", levels, FLOAT32, 1)
@@ -117,6 +127,7 @@ def weight(packed: object, columns: int, bits: int, levels: object, block: int, 
         run,
         _parameter("scale", scale, rows, blocks),
         None if offset is None else _parameter("offset", offset, rows, blocks),
+        bool(shifted),
     )
 
 

@@ -56,7 +56,7 @@ struct Bound {
 };
 
 inline void bind(Bound& out, const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
-          const Vector<const float>& levels, std::size_t block, const Any& scale, const std::optional<Any>& offset) {
+          const Vector<const float>& levels, std::size_t block, const Any& scale, const std::optional<Any>& offset, bool shifted) {
     require(bits >= 1 && bits <= 8 && block >= 1, "bits must be 1 to 8 and block at least 1");
     Weight& w = out.weight;
     w.rows = packed.shape(0);
@@ -81,6 +81,7 @@ inline void bind(Bound& out, const Matrix<const std::uint8_t>& packed, std::size
     w.offset = nullptr;
     w.offset_half = false;
     w.offset_stride = 0;
+    w.shifted = shifted && offset.has_value();
     if (offset) {
         w.offset = offset->data();
         w.offset_half = is_half(*offset);

@@ -12,9 +12,9 @@ using Ids = Vector<const std::int64_t>;
 
 std::shared_ptr<LaidWeight> from_codes(const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
                                        const Vector<const float>& levels, std::size_t block, const Any& scale,
-                                       const std::optional<Any>& offset, bool drop, int threads) {
+                                       const std::optional<Any>& offset, bool shifted, bool drop, int threads) {
     Bound bound;
-    bind(bound, packed, columns, bits, levels, block, scale, offset);
+    bind(bound, packed, columns, bits, levels, block, scale, offset, shifted);
     threads = threads_for(threads);
     nb::gil_scoped_release release;
     return std::make_shared<LaidWeight>(bound.weight, drop, threads);
@@ -125,7 +125,7 @@ void bind_weights(nb::module_& m) {
     nb::class_<LaidWeight>(m, "Weight", "A weight [N, K] in the kernel layout.")
         .def_static("from_codes", &from_codes, nb::arg("packed").noconvert(), nb::arg("columns"), nb::arg("bits"),
                     nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
-                    nb::arg("offset").noconvert().none(), nb::arg("drop"), nb::arg("threads"))
+                    nb::arg("offset").noconvert().none(), nb::arg("shifted"), nb::arg("drop"), nb::arg("threads"))
         .def_static("from_floats", &from_floats, nb::arg("values").noconvert(), nb::arg("kind"), nb::arg("transposed"),
                     nb::arg("drop"), nb::arg("threads"))
         .def_prop_ro("rows", [](const LaidWeight& w) { return w.tiled.rows; })

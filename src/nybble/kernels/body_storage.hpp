@@ -5,7 +5,8 @@
 // that start at a byte; bits above B may be set), Map<B, Affine> (codes -> levels) and arithmetic.
 //
 // Here: codes as files store them (packing, unpacking, decoding a row). Products work on the kernel layout (layout.hpp).
-// Numbers: decode is scale * (level - offset), each step rounded to float32, equal to the reference to the bit.
+// Numbers: decode is scale * (level - offset) or scale * level + offset, each step rounded to float32, equal to the reference
+// to the bit.
 
 template <int B>
 inline void pack_rows(const std::uint8_t* codes, std::uint8_t* packed, std::size_t rows, std::size_t columns) {
@@ -138,12 +139,15 @@ static void decode_one(const Weight& w, std::size_t n, bool bytes, float* out, v
         const std::size_t length = w.columns - begin < w.block ? w.columns - begin : w.block;
         const auto scale = Simd::all(row.scale[g]);
         const auto offset = Simd::all(row.offset == nullptr ? 0.0f : row.offset[g]);
+        const auto value = [&](const std::uint8_t* from) {
+            const auto level = map(Simd::template codes<B>(from));
+            return w.shifted ? Simd::add(Simd::mul(scale, level), offset) : Simd::mul(scale, Simd::sub(level, offset));
+        };
         std::size_t k = 0;
-        for (; k + Simd::W <= length; k += Simd::W, codes += Simd::W * B / 8)
-            Simd::store(out + begin + k, Simd::mul(scale, Simd::sub(map(Simd::template codes<B>(codes)), offset)));
+        for (; k + Simd::W <= length; k += Simd::W, codes += Simd::W * B / 8) Simd::store(out + begin + k, value(codes));
         if (k < length) {
             alignas(64) float last[Simd::W];
-            Simd::store(last, Simd::mul(scale, Simd::sub(map(Simd::template codes<B>(codes)), offset)));
+            Simd::store(last, value(codes));
             __builtin_memcpy(out + begin + k, last, (length - k) * sizeof(float));
         }
     }

@@ -35,6 +35,7 @@ struct Weight {
     std::size_t offset_stride;
     int bits;
     bool scale_half, offset_half;
+    bool shifted;  // value = scale * level + offset, not scale * (level - offset)
     bool affine;  // level[i] == i + shift exactly: a conversion instead of a table
     std::int32_t shift;
 };

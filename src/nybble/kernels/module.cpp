@@ -57,10 +57,10 @@ void unpack(const Matrix<const std::uint8_t>& packed, const Matrix<std::uint8_t>
 }
 
 void decode(const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits, const Vector<const float>& levels,
-            std::size_t block, const Any& scale, const std::optional<Any>& offset, const Matrix<float>& out,
-            int threads) {
+            std::size_t block, const Any& scale, const std::optional<Any>& offset, bool shifted,
+            const Matrix<float>& out, int threads) {
     Bound bound;
-    bind(bound, packed, columns, bits, levels, block, scale, offset);
+    bind(bound, packed, columns, bits, levels, block, scale, offset, shifted);
     const Weight& w = bound.weight;
     require(out.shape(0) == w.rows && out.shape(1) == columns, "out has the wrong shape");
     threads = threads_for(threads);
@@ -74,9 +74,9 @@ void decode(const Matrix<const std::uint8_t>& packed, std::size_t columns, int b
 
 void gather(const Vector<const std::int64_t>& rows, const Matrix<const std::uint8_t>& packed, std::size_t columns,
             int bits, const Vector<const float>& levels, std::size_t block, const Any& scale,
-            const std::optional<Any>& offset, const Matrix<float>& out) {
+            const std::optional<Any>& offset, bool shifted, const Matrix<float>& out) {
     Bound bound;
-    bind(bound, packed, columns, bits, levels, block, scale, offset);
+    bind(bound, packed, columns, bits, levels, block, scale, offset, shifted);
     const Weight& w = bound.weight;
     require(out.shape(0) == rows.shape(0) && out.shape(1) == columns, "out has the wrong shape");
     for (std::size_t i = 0; i < rows.shape(0); ++i)
@@ -130,10 +130,10 @@ NB_MODULE(_native, m) {
     m.def("unpack", &unpack, nb::arg("packed").noconvert(), nb::arg("codes").noconvert(), nb::arg("bits"));
     m.def("decode", &decode, nb::arg("packed").noconvert(), nb::arg("columns"), nb::arg("bits"),
           nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
-          nb::arg("offset").noconvert().none(), nb::arg("out").noconvert(), nb::arg("threads"));
+          nb::arg("offset").noconvert().none(), nb::arg("shifted"), nb::arg("out").noconvert(), nb::arg("threads"));
     m.def("gather", &gather, nb::arg("rows").noconvert(), nb::arg("packed").noconvert(), nb::arg("columns"),
           nb::arg("bits"), nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
-          nb::arg("offset").noconvert().none(), nb::arg("out").noconvert());
+          nb::arg("offset").noconvert().none(), nb::arg("shifted"), nb::arg("out").noconvert());
     bind_weights(m);
     bind_engine(m);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"));

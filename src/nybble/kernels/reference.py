@@ -1,8 +1,8 @@
 """What the kernels compute, in plain numpy: the specification, the test oracle, and the path without an extension.
 
 A row of codes is a little-endian bit stream: code k lies in bits [k*bits, (k+1)*bits), least significant bit first, and
-the row is padded with zero bits to a whole byte. A weight is value = scale * (level[code] - offset), every step in
-float32; scale and offset are shared by blocks of `block` columns, the last block of a row may be short.
+the row is padded with zero bits to a whole byte. A weight is value = scale * (level[code] - offset), or where it is
+`shifted` scale * level[code] + offset, every step in float32; scale and offset are shared by blocks of `block` columns, the last block of a row may be short.
 
 Arguments are taken as checked (arguments.py does it). Leaves out speed and threads: both are the extension's.
 """
@@ -46,6 +46,8 @@ def _decoded(weight: Packed, rows: slice | NDArray[np.int64]) -> Floats:
     unpack(packed, codes, weight.bits)
     values = weight.levels[codes]
     with np.errstate(over="ignore", invalid="ignore"):  # infinite scales are the caller's; the extension is silent too
+        if weight.offset is not None and weight.shifted:
+            return values * _spread(weight.scale, weight, rows) + _spread(weight.offset, weight, rows)
         if weight.offset is not None:
             values = values - _spread(weight.offset, weight, rows)
         return values * _spread(weight.scale, weight, rows)
@@ -186,7 +188,9 @@ def _fast(x: Floats, weight: Packed) -> NDArray[np.float64]:
         numbers = table[stored]
     offset = np.zeros((1, 1)) if weight.offset is None else _spread(weight.offset, weight, slice(None)).astype(np.float64)
     weight = weight._replace(scale=whole_scales(weight))
-    values = (numbers * float(step) - offset) * _spread(weight.scale, weight, slice(None)).astype(np.float64)
+    wide_scale = _spread(weight.scale, weight, slice(None)).astype(np.float64)
+    levels = numbers * float(step)
+    values = levels * wide_scale + offset if weight.shifted else (levels - offset) * wide_scale
     wide = codes.astype(np.float64) * np.repeat(scale.astype(np.float64), BLOCK, axis=1)
     product: NDArray[np.float64] = wide[:, : weight.columns] @ values.T
     return product

@@ -72,6 +72,7 @@ struct Simd {
     static inline void store(float* to, Float v) { _mm256_storeu_ps(to, v); }
     static inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
     static inline Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+    static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
     static inline void halves(const std::uint16_t* from, std::size_t count, float* to) {
         std::size_t i = 0;
         for (; i + 8 <= count; i += 8)

@@ -65,6 +65,7 @@ struct Simd {
     static inline void store(float* to, Float v) { _mm512_storeu_ps(to, v); }
     static inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
     static inline Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+    static inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
     static inline void halves(const std::uint16_t* from, std::size_t count, float* to) {
         std::size_t i = 0;
         for (; i + 16 <= count; i += 16)

@@ -45,6 +45,10 @@ struct Simd {
         for (int i = 0; i < W; ++i) a.lane[i] *= b.lane[i];
         return a;
     }
+    static inline Float add(Float a, const Float& b) {
+        for (int i = 0; i < W; ++i) a.lane[i] += b.lane[i];
+        return a;
+    }
     static inline Float sub(Float a, const Float& b) {
         for (int i = 0; i < W; ++i) a.lane[i] -= b.lane[i];
         return a;

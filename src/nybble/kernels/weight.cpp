@@ -247,7 +247,7 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
     w.scale = scale_.as();
     if (source.offset != nullptr) {
         w.offset_half = source.offset_half;
-        w.offset_is_zero = true;
+        w.offset_is_zero = !source.shifted;
         lay(source.offset, source.offset_half, source.offset_stride, offset_);
         w.offset = offset_.as();
     }

@@ -45,7 +45,7 @@ struct FloatSource {
 
 class LaidWeight {
   public:
-    // From packed codes (kernels.hpp's Weight), whose offset is a zero point in codes. drop: the arrays are not read again,
+    // From packed codes (kernels.hpp's Weight), whose offset is a zero point in codes or a shift in values. drop: the arrays are not read again,
     // and are a mapped file whose pages are given back. Formats whose blocks do not fit units become float32.
     LaidWeight(const Weight& source, bool drop, int threads);
     LaidWeight(const FloatSource& source, bool drop, int threads);

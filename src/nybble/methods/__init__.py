@@ -51,6 +51,8 @@ class Method:
     def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None) -> QTensor:
         """QTensor of a float32 weight [N, K], rounded to nearest: what a method does where no Hessian is known.
         `importance`, float32 [K], weighs the columns in a search. Raises NumericError as the format does."""
+        if self.settings.scales == "range" and importance is None:
+            return QTensor(fmt, *fmt.round(weight))
         params = fit_params(fmt, weight, self.settings.scales, importance)
         return QTensor(fmt, fmt.encode(weight, params), params)
 

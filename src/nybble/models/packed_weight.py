@@ -146,7 +146,9 @@ class PackedWeight(nn.Module):
                 scale, offset = self.format.kernel_grid(arrays)
                 codes = np.require(codes, requirements=("C", "A"))
                 block, threads = self.format.block(columns), torch.get_num_threads()
-                laid = kernels.lay(codes, columns, self.format.bits, self._levels, block, scale, offset, threads=threads)
+                laid = kernels.lay(
+                    codes, columns, self.format.bits, self._levels, block, scale, offset, threads=threads, shifted=self.format.shifted
+                )
                 assert laid.holds_codes, f"the kernels have no layout for {self.format}"
                 given_up = {name: self.get_buffer(name) for name in ("codes", "scale") if name in self._buffers}
                 self._offset_dtype = None if offset is None else offset.dtype
@@ -226,7 +228,9 @@ class PackedWeight(nn.Module):
         arrays, columns = self._arrays(), self.shape[1]
         codes, (scale, offset) = arrays.pop("codes"), self.format.kernel_grid(arrays)
         block, threads = self.format.block(columns), torch.get_num_threads()
-        decoded = kernels.decode(codes, columns, self.format.bits, self._levels, block, scale, offset, threads)
+        decoded = kernels.decode(
+            codes, columns, self.format.bits, self._levels, block, scale, offset, threads, self.format.shifted
+        )
         return torch.from_numpy(decoded).to(dtype)
 
     def _decode_on_device(self, rows: Tensor) -> Tensor:
@@ -248,7 +252,9 @@ class PackedWeight(nn.Module):
             for values in (scale, offset)
             if values is not None
         ]
-        return (values - spread[1] if offset is not None else values) * spread[0]
+        if offset is None:
+            return values * spread[0]
+        return values * spread[0] + spread[1] if self.format.shifted else (values - spread[1]) * spread[0]
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., K] times the transposed weight, plus bias: [..., N], in the dtype of x."""
@@ -314,7 +320,8 @@ class PackedWeight(nn.Module):
         arrays, columns = self._arrays(), self.shape[1]
         codes = arrays.pop("codes")[ids]
         scale, offset = self.format.grid_of_rows(arrays, ids)
-        return kernels.decode(codes, columns, self.format.bits, self._levels, self.format.block(columns), scale, offset)
+        block = self.format.block(columns)
+        return kernels.decode(codes, columns, self.format.bits, self._levels, block, scale, offset, shifted=self.format.shifted)
 
     def extra_repr(self) -> str:
         return f"{self.format}, {tuple(self.shape)}"

@@ -57,7 +57,8 @@ def choose(
 
     Raises NumericError as the format does (weights that are not finite) and as `factorize` does (statistics).
     """
-    plain = _rounded(weight, fmt, fmt.fit(weight))
+    codes, plain_params = fmt.round(weight)
+    plain = Chosen(torch.from_numpy(codes), *grid_of(fmt, plain_params))
     shared = None
     if not fmt.independent or fmt.blocks((weight.shape[0], weight.shape[1]))[0] == 1:  # params that rows share
         shared = fit_params(fmt, weight, settings.scales, _normalised(stats.importance()))
@@ -69,7 +70,7 @@ def choose(
         damping, dead = max(damping, factor.damping), max(dead, factor.dead)
     params = shared if shared is not None else params_of(fmt, work.result.scale, work.result.offset)
     if shared is not None and not settings.target and work.after.sum() > work.before.sum():  # nothing to mix row by row
-        params, work.result, work.after = fmt.fit(weight), plain, work.before
+        params, work.result, work.after = plain_params, plain, work.before
         work.fallen[:] = True
     energy = float(work.energies.sum()) or 1.0
     account = Account(float(work.before.sum()) / energy, float(work.after.sum()) / energy, damping, dead, int(work.fallen.sum()))
@@ -159,11 +160,6 @@ class _Weight:
         if settings.feedback:
             weights = factor.pivots_by_column()
         return grid_of(self.fmt, fit_params(self.fmt, target.numpy().astype(np.float32), settings.scales, _normalised(weights)))
-
-
-def _rounded(weight: NDArray[np.float32], fmt: Format, params: Params) -> Chosen:
-    scale, offset = grid_of(fmt, params)
-    return Chosen(torch.from_numpy(fmt.encode(weight, params)), scale, offset)
 
 
 def _mix(worse: Tensor, plain: Chosen, got: Chosen) -> Chosen:

@@ -73,7 +73,12 @@ class _Blocks:
         """(W - Q, levels of Q's codes), float64 [rows, blocks, columns], of rounding to nearest on a stored grid."""
         codes = self.fmt.encode(self.weight, self.fmt.from_grid(scale, offset))
         level = blocked(self.fmt.levels[codes], self.fmt.granularity).astype(np.float64)
-        value = scale[..., None] * (level if offset is None else level - offset[..., None])
+        if offset is None:
+            value = scale[..., None] * level
+        elif self.fmt.shifted:
+            value = scale[..., None] * level + offset[..., None]
+        else:
+            value = scale[..., None] * (level - offset[..., None])
         return np.where(self.real, self.view - value, 0.0), level
 
     @staticmethod
@@ -124,11 +129,14 @@ def _refit(
         square, slope = (run * run).sum(-1), (run * target).sum(-1)
         fits = (square > 0) & (slope > 0)
         line = np.where(fits, slope / np.where(square > 0, square, 1.0), 1.0)
-        offset = np.where(fits, middle - height / line, offset)
+        offset = np.where(fits, height - middle * line if fmt.shifted else middle - height / line, offset)
         # as it is stored: the scale is fitted to that
         offset = _grid(fmt, fmt.from_grid(scale, offset))[1]
         assert offset is not None
-        level = level - offset[..., None]
+        if fmt.shifted:
+            target = np.where(real, target - offset[..., None], 0.0)
+        else:
+            level = level - offset[..., None]
     level = np.where(real, level, 0.0)
     square, slope = (level * level).sum(-1), (level * target).sum(-1)
     return np.where((square > 0) & (slope > 0), slope / np.where(square > 0, square, 1.0), scale), offset

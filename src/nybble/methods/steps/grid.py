@@ -37,12 +37,15 @@ class Snap:
         self._ascending = torch.from_numpy(ascending)
         self._midpoints = (self._ascending[1:] + self._ascending[:-1]) / 2
         self._codes = torch.from_numpy(codes.astype(np.uint8))
+        self.shifted = fmt.shifted
         self._uniform = bool((np.diff(ascending) == 1).all()) and bool((codes == np.arange(len(codes))).all())
 
     def __call__(self, value: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-        """Codes, uint8, of the values nearest to `value`; all arguments float64 and broadcast. Scale 0 gives value 0."""
+        """Codes, uint8, of the values nearest to `value`; all arguments float64 and broadcast. Scale 0 gives any code."""
+        if offset is not None and self.shifted:
+            value = value - offset
         ratio = value / torch.where(scale == 0, 1.0, scale)
-        if offset is not None:
+        if offset is not None and not self.shifted:
             ratio = ratio + offset
         if self._uniform:  # half to even
             return ratio.sub_(self._ascending[0]).round_().clamp_(0, len(self._ascending) - 1).to(torch.uint8)
@@ -51,9 +54,9 @@ class Snap:
     def value(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
         """float64: what codes stand for."""
         level = self.levels[codes.long()]
-        if offset is not None:
-            level -= offset
-        return level.mul_(scale)
+        if offset is None:
+            return level.mul_(scale)
+        return level.mul_(scale).add_(offset) if self.shifted else level.sub_(offset).mul_(scale)
 
 
 def grid_of(fmt: Format, params: Params) -> Grid:

@@ -101,7 +101,8 @@ class Latent:
 
     def value(self) -> Tensor:
         """float32 [N, K]: the same, decoded."""
-        return self._levels().mul_(self._wide(self._stored_scale()))
+        values = self._levels().mul_(self._wide(self._stored_scale()))
+        return values.add_(self._wide(self.offset)) if self.offset is not None and self.fmt.shifted else values
 
     def step(self, slope: Tensor, travel: float, gain: float, count: int) -> None:
         """Move down a slope, float32 [N, K]: positions by about `travel`, the outermost levels by their scale by about
@@ -120,7 +121,7 @@ class Latent:
 
     def _levels(self) -> Tensor:
         levels = self.levels[self._ranks()]
-        return levels if self.offset is None else levels - self._wide(self.offset)
+        return levels if self.offset is None or self.fmt.shifted else levels - self._wide(self.offset)
 
     def _params(self, gain: Tensor) -> Params:
         offset = None if self.offset is None else self.offset.double()

@@ -115,10 +115,10 @@ def _move_grid(
         slope.addmm_(hessian[:, start:stop], step)
         return torch.where(falls, s, scale), None if o is None or offset is None else torch.where(falls, o, offset)
 
-    level = snap.value(codes[start:stop], torch.ones_like(scale), offset)
+    level = snap.value(codes[start:stop], torch.ones_like(scale), None if snap.shifted else offset)
     scale, offset = take(propose(level, scale), offset)
     if offset is not None:
-        direction = (-scale).expand(stop - start, -1)
+        direction = (torch.ones_like(scale) if snap.shifted else -scale).expand(stop - start, -1)
         scale, offset = take(scale, propose(direction, offset))
     return scale, offset
 

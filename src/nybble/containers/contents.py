@@ -1,0 +1,65 @@
+"""What a model file or folder holds, whichever container it is: the one value between every reader and every writer.
+
+Names are those of Hugging Face parameters, whatever the file calls them; a packed weight is [out, in], a float tensor lies as a
+Hugging Face checkpoint has it (GPT-2's Conv1D [in, out]). Nothing is read before it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.errors import FileFormatError
+from nybble.formats import QTensor
+
+FLOAT_TAGS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model as some container holds it."""
+
+    container: str
+    """Name of the container it came from, or is made for."""
+    path: Path
+    """Where it was read from."""
+    config: Mapping[str, Any]
+    """config.json, without its quantization_config."""
+    packed: Mapping[str, tuple[str, tuple[int, int]]]
+    """Name of each packed weight -> (format spec, shape [out, in])."""
+    floats: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Name of each other tensor -> (safetensors dtype tag, shape)."""
+    read_packed: Callable[[str], QTensor]
+    """The packed weight of a name. Raises FileFormatError where its bytes are not what they should be."""
+    read_float: Callable[[str], NDArray[Any]]
+    """The float tensor of a name, as numpy has it (bfloat16: uint16 bit patterns)."""
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that go along: tokenizer.json, generation_config.json, ... by name."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made, where the file says."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Facts of the container itself that `inspect` shows: version, checkpoint format, metadata."""
+
+    @property
+    def float_tag(self) -> str:
+        """Type that the model's float tensors have by config.json: F32, F16 or BF16."""
+        stated = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
+        return {"float16": "F16", "bfloat16": "BF16"}.get(stated, "F32")
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """A float tensor widened to float32. Raises FileFormatError for one that holds no floats."""
+        return widen(self.floats[name][0], self.read_float(name), name)
+
+
+def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """float32 of an array with a safetensors tag. Raises FileFormatError, naming the tensor, for a tag that is no float."""
+    if tag == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if tag not in (*FLOAT_TAGS, "F64"):
+        raise FileFormatError(f"tensor {name!r} is {tag}, where floats (F32, F16, BF16) belong")
+    return values.astype(np.float32)
