@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 import nybble
 from nybble import kernels
+from nybble.containers import open_contents
 from nybble.engine import Decoder, reference
 from nybble.engine.program import make_program, supported
 from nybble.engine.weights import Weights
 from nybble.errors import InputError
 from nybble.models.arch import table_for
-from nybble.models.checkpoint import open_checkpoint
 
 Logits = NDArray[np.float32]
 TOKENS = 40
@@ -148,10 +148,10 @@ def test_exact_logits_are_those_of_the_torch_model(name: str, saved: Any) -> Non
 def test_the_reference_computes_the_same(name: str, saved: Any) -> None:
     folder, model = saved(name)
     ids = some_ids()
-    checkpoint = open_checkpoint(folder)
-    prefix = f"{table_for(str(checkpoint.config['model_type'])).block.split('.')[0]}."
-    weights = Weights(checkpoint, prefix)
-    program = make_program(checkpoint.config, weights.shape_of)
+    contents = open_contents(folder)
+    prefix = f"{table_for(str(contents.config['model_type'])).block.split('.')[0]}."
+    weights = Weights(contents, prefix)
+    program = make_program(contents.config, weights.shape_of)
 
     def decoded(matrix: Any) -> Logits:
         laid = weights.matrix(matrix, 1)

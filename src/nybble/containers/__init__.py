@@ -1,16 +1,16 @@
-"""Containers of quantized models: one a module, found by itself; each turns a path into `Contents` and back.
+"""Containers of quantized models: one a module, whose name is the container's; each turns a path into `Contents` and back.
 
 A container module has
 
-    NAME          its name on the command line: "gguf"
+    NAME          its name on the command line: "gguf", "compressed-tensors" (the module's, with - for _)
     FOLDER        True: a Hugging Face folder, False: one file
     HOLDS         for a person: the formats it can hold, in words
     OPTIONS       option name -> (allowed values, what it does); the first value is the default
     recognizes    (path) -> bool: whether a path says of itself that it is one; cheap, raises nothing
     read          (path) -> Contents; raises InputError and FileFormatError only
     candidates    (format, shape, kind) -> specs of the formats in which it may hold what `format` holds, the smallest exact
-                  one first; empty: it cannot. `kind` is linear, head, embedding or positions. A floating spec (fp32, fp16,
-                  bf16) means that the tensor stands there as plain floats
+                  one first; empty: it cannot. `kind` is one of KINDS. A floating spec (fp32, fp16, bf16) means that the
+                  tensor stands there as plain floats
     write         (path, contents, options) -> None: into an empty folder, or to a file; every packed tensor is in a format
                   that `candidates` named. The caller makes it appear under its final name only when it reads back equal
 
@@ -20,37 +20,33 @@ A container module has
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from nybble.containers.contents import Contents
 from nybble.errors import InputError, unknown_name
 
-__all__ = ["Contents", "container_names", "find_container", "open_contents"]
+__all__ = ["KINDS", "Contents", "container_names", "find_container", "open_contents"]
 
-
-@cache
-def _modules() -> dict[str, Any]:
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        loaded = importlib.import_module(f"{__name__}.{module.name}")
-        if hasattr(loaded, "NAME"):
-            found[loaded.NAME] = loaded
-    return found
+KINDS = ("linear", "head", "embedding", "positions")
+"""What a matrix is to a container: a layer, the layer that gives logits, the table of tokens (tied to the head or not), or
+that of positions."""
 
 
 def container_names() -> list[str]:
-    """All containers there are."""
-    return sorted(_modules())
+    """All containers there are, nybble's own first."""
+    names = [module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__) if hasattr(_module(module.name), "NAME")]
+    return sorted(names, key=lambda name: (name != "nybble", name))
 
 
 def find_container(name: str) -> Any:
     """The module of a container. Raises UsageError for an unknown name."""
-    if name not in _modules():
-        raise unknown_name("container in --file", name, _modules())
-    return _modules()[name]
+    module = _find(name)
+    if module is None:
+        raise unknown_name("container in --file", name, container_names())
+    return module
 
 
 def open_contents(path: str | Path) -> Contents:
@@ -59,8 +55,35 @@ def open_contents(path: str | Path) -> Contents:
     path = Path(path)
     if not path.exists():
         raise InputError(f"no model {path}; give a folder with config.json and *.safetensors, or a .gguf file")
-    for module in _modules().values():
-        if module.recognizes(path):
-            contents: Contents = module.read(path)
+    # a folder names its container, so that no other module has to be imported to read it
+    stated = _stated(path) if path.is_dir() else None
+    contents: Contents
+    for name in [stated] if stated else container_names():
+        if stated or _module(name).recognizes(path):
+            contents = _module(name).read(path)
             return contents
-    raise InputError(f"{path} is no model that nybble reads ({', '.join(container_names())})")
+    raise InputError(f"{path} is no model that nybble reads: {', '.join(container_names())}")
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def _find(name: str) -> Any | None:
+    """The module of a container, no other imported; None for a name that is none."""
+    if name.replace("-", "_") not in (module.name for module in pkgutil.iter_modules(__path__)):
+        return None
+    module = _module(name)
+    return module if getattr(module, "NAME", None) == name else None
+
+
+def _stated(folder: Path) -> str | None:
+    """The container that a folder's config.json names; `float` where it names none. What is wrong with that file is said by the
+    container that reads it."""
+    try:
+        entry = json.loads((folder / "config.json").read_bytes())["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "float"
+    if not isinstance(entry, str) or _find(entry) is None:
+        raise InputError(f"{folder}: quant_method {str(entry)[:60]!r} of config.json is none of {', '.join(container_names())}")
+    return entry

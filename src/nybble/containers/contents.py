@@ -6,6 +6,7 @@ Hugging Face checkpoint has it (GPT-2's Conv1D [in, out]). Nothing is read befor
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError
 from nybble.formats import QTensor
+from nybble.formats.activations import Activations
+from nybble.models.checkpoint import EXTRAS
 
 FLOAT_TAGS = ("F32", "F16", "BF16")
 
@@ -38,18 +41,28 @@ class Contents:
     """The packed weight of a name. Raises FileFormatError where its bytes are not what they should be."""
     read_float: Callable[[str], NDArray[Any]]
     """The float tensor of a name, as numpy has it (bfloat16: uint16 bit patterns)."""
+    read_stored: Callable[[str], dict[str, NDArray[Any]]] | None = None
+    """The arrays of `Format.storage` as they lie in the file, where they lie there as such: views, no codes unpacked."""
+    schemes: Mapping[str, Activations] = field(default_factory=dict)
+    """Name of a packed weight -> what becomes of its inputs; absent: they stay floats."""
     extras: Mapping[str, bytes] = field(default_factory=dict)
     """Files that go along: tokenizer.json, generation_config.json, ... by name."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How it was made, where the file says."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the container itself that `inspect` shows: version, checkpoint format, metadata."""
+    bytes: int = 0
+    """Of the file, or of all files with weights."""
 
     @property
     def float_tag(self) -> str:
         """Type that the model's float tensors have by config.json: F32, F16 or BF16."""
         stated = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
         return {"float16": "F16", "bfloat16": "BF16"}.get(stated, "F32")
+
+    def stored(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of a packed weight as its format stores them: views of the file where it has them so."""
+        return self.read_packed(name).stored() if self.read_stored is None else self.read_stored(name)
 
     def float32(self, name: str) -> NDArray[np.float32]:
         """A float tensor widened to float32. Raises FileFormatError for one that holds no floats."""
@@ -63,3 +76,15 @@ def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
     if tag not in (*FLOAT_TAGS, "F64"):
         raise FileFormatError(f"tensor {name!r} is {tag}, where floats (F32, F16, BF16) belong")
     return values.astype(np.float32)
+
+
+def read_extras(folder: Path) -> dict[str, bytes]:
+    """The files of a model folder that go along with its weights: tokenizer, generation settings."""
+    return {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
+
+
+def write_extras(folder: Path, config: Mapping[str, Any], extras: Mapping[str, bytes]) -> None:
+    """config.json and the files that go along."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name, content in extras.items():
+        (folder / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""A model folder, ready to decode: logits and generation from token ids. No torch, no transformers.
+"""A model, ready to decode: logits and generation from token ids. No torch, no transformers.
 
     d = Decoder.load("model-int4", threads=2)
     d.generate([464, 2068, 7586], max_new_tokens=50)
@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble import kernels
+from nybble.containers import Contents, open_contents
 from nybble.engine.program import Linear, Program, make_program
 from nybble.engine.runner import MOST_ROWS, Runner, make_runner
 from nybble.engine.sampling import Sampling, choose
 from nybble.engine.weights import Weights
 from nybble.errors import InputError, NumericError, UsageError, unknown_name
 from nybble.models.arch import table_for
-from nybble.models.checkpoint import open_checkpoint, read_json
+from nybble.models.checkpoint import parse_json
 
 CACHES = ("f32", "f16", "int16", "int8", "int4")
 """What keys and values may be held in."""
@@ -70,7 +71,7 @@ class Decoder:
         cache: str | None = None,
         context: int | None = None,
     ) -> Decoder:
-        """A folder that nybble wrote, or a plain float model folder.
+        """A model that any container holds: a folder that nybble or another tool wrote, float or quantized, or a GGUF file.
 
         `threads`: all processors that this process may use, unless given. `exact`: float activations. `cache`: what keys and
         values are held in, f32, f16, int16, int8 or int4 (int16, or f32 when exact); int16 also multiplies whole numbers, which
@@ -82,13 +83,13 @@ class Decoder:
         cache = cache or ("f32" if exact else "int16")
         if cache not in CACHES:
             raise unknown_name("cache", cache, CACHES)
-        checkpoint = open_checkpoint(path)
-        table = table_for(str(checkpoint.config.get("model_type")))
+        contents = open_contents(path)
+        table = table_for(str(contents.config.get("model_type")))
         prefix = f"{table.block.split('.')[0]}." if table.block else ""
-        weights = Weights(checkpoint, prefix)
-        program = make_program(checkpoint.config, weights.shape_of)
+        weights = Weights(contents, prefix)
+        program = make_program(contents.config, weights.shape_of)
         context = program.context if context is None else _whole("context", context, 1, program.context)
-        ends = _end_tokens(checkpoint.folder, checkpoint.config, program.vocabulary)
+        ends = _end_tokens(contents, program.vocabulary)
         runner = make_runner(program, weights, threads, exact, cache)
         return cls(program, runner, weights, threads=threads, exact=exact, cache=cache, context=context, end_tokens=ends)
 
@@ -307,9 +308,11 @@ def _processors() -> set[int] | range:
     return range(os.cpu_count() or 1)
 
 
-def _end_tokens(folder: Path, config: dict[str, Any], vocabulary: int) -> tuple[int, ...]:
+def _end_tokens(contents: Contents, vocabulary: int) -> tuple[int, ...]:
     """Ids that end a text, by generation_config.json or config.json."""
-    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
-    value = generation.get("eos_token_id", config.get("eos_token_id"))
+    path = contents.path / "generation_config.json"
+    stored = contents.extras.get("generation_config.json")
+    generation = {} if stored is None else parse_json(stored, path)
+    value = generation.get("eos_token_id", contents.config.get("eos_token_id"))
     ids = value if isinstance(value, list) else [value]
     return tuple(i for i in ids if type(i) is int and 0 <= i < vocabulary)

@@ -12,10 +12,12 @@ vocabulary of 50,000.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nybble.containers import open_contents
 from nybble.errors import FileFormatError, InputError
 
 if TYPE_CHECKING:
@@ -41,12 +43,14 @@ class TextCodec:
 
     @classmethod
     def load(cls, folder: str | Path) -> TextCodec:
-        """The tokenizer of a model folder.
+        """The tokenizer of a model: of its folder, or of a file that holds one (GGUF).
 
         Raises InputError, which says what is missing, when there is none that can be read without transformers;
         FileFormatError when a file of it is broken.
         """
         folder = Path(folder)
+        if folder.is_file():
+            return cls._of_file(folder)
         stated = _read(folder / "tokenizer_config.json")
         name = stated.get("tokenizer_class") or ("GPT2Tokenizer" if _model_type(folder) in ("gpt2", "") else "")
         config = {**(GPT2_SPECIAL if name in GPT2_CLASSES else {}), **stated}
@@ -66,6 +70,16 @@ class TextCodec:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(tokenizer)
+
+    @classmethod
+    def _of_file(cls, path: Path) -> TextCodec:
+        extras = open_contents(path).extras
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in extras.items():
+                (Path(folder) / name).write_bytes(content)
+            if not any(name in extras for name in ("tokenizer.json", "vocab.json")):
+                raise InputError(f"{path} holds no tokenizer that nybble reads; give token ids (Decoder), or another file")
+            return cls.load(folder)
 
     @property
     def vocabulary(self) -> int:

@@ -101,9 +101,15 @@ def is_causal(config: dict[str, Any]) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it cannot be read, FileFormatError when it is no JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object from the bytes of a file. Raises FileFormatError, naming `path`, when they are no JSON object."""
+    try:
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
