@@ -34,6 +34,7 @@ LAYERS = (
     {"calibrate"},
     {"methods"},
     {"plan"},
+    {"convert"},
     {"edits"},
     {"walk"},
     {"quantized"},

@@ -1,0 +1,388 @@
+"""From one container to another: codes are carried over where the other holds the same values, and what that costs elsewhere is
+measured. No torch.
+
+Every weight takes two steps. First the format that is asked for (`to`), if any: a float weight is rounded to it, a packed one
+keeps its values where it can. Then the format that the container has for that (`candidates`): the smallest that holds the same
+values, else the nearest. What was written is read again and compared, code for code, before it gets its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.containers import find_container, open_contents
+from nybble.containers.contents import FLOAT_TAGS, Contents
+from nybble.containers.float import is_transposed
+from nybble.errors import NumericError, OutputError, UsageError, unknown_name
+from nybble.files.folder import check_output, new_folder
+from nybble.formats import Format, QTensor, parse_format
+from nybble.formats.recast import Recast, compare, recast
+from nybble.methods import Method, parse_method
+from nybble.models.arch import table_for
+from nybble.models.info import TensorInfo
+from nybble.plan import CAST_TAGS, Plan, Recipe, make_plan
+
+Progress = Callable[[str, int, int], None]
+"""Called with (name of the tensor, tensors done, tensors in all)."""
+KINDS = {"token table": "embedding", "position table": "positions", "head": "head"}
+MARKER = "config.json"
+ROOM = 1 << 20
+"""Bytes beside the tensors that an output may take: headers, a tokenizer."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What became of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    before: str
+    """Format spec, or dtype tag of a float."""
+    after: str
+    exact: bool
+    """It decodes to the same floats, to the bit."""
+    error: float
+    """Squared error, as a share of the squares of what was there before."""
+    energy: float
+    """Those squares; 0 where nothing changed."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done, tensor by tensor."""
+
+    path: Path
+    container: str
+    steps: tuple[Step, ...]
+    bytes: int
+    """On disk."""
+
+    @property
+    def changed(self) -> tuple[Step, ...]:
+        """The steps that did not keep every value."""
+        return tuple(step for step in self.steps if not step.exact)
+
+    @property
+    def error(self) -> float:
+        """Squared error over all tensors that changed, as a share of their squares."""
+        energy = sum(step.energy for step in self.changed)
+        return sum(step.error * step.energy for step in self.changed) / energy if energy else 0.0
+
+
+def convert(
+    source: str | Path | Contents,
+    target: str | Path,
+    container: str | None = None,
+    to: str | None = None,
+    method: str = "rtn",
+    keep: Sequence[str] = (),
+    rules: Sequence[tuple[str, str]] = (),
+    options: Mapping[str, str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a model in another container.
+
+    `source` is whatever `open_contents` opens; `container` follows from the name of `target` where it is not given: gguf for
+    `.gguf`, else nybble. `to` is a format or mix for every weight, with `keep` and `rules` as in a recipe; without it every
+    weight keeps its format as far as the container has it. `method` chooses codes where a weight is rounded: one that reads no
+    calibration text. Raises UsageError for what the container cannot hold, which it lists; InputError for the source;
+    NumericError naming the tensor; OutputError where the target cannot be written.
+    """
+    target = Path(target)
+    container = container or ("gguf" if target.suffix == ".gguf" else "nybble")
+    module = find_container(container)
+    chosen = check_options(module, options or {})
+    parsed = parse_method(method)
+    if parsed.settings.calibrated:
+        raise UsageError(f"method {parsed} reads calibration text; convert rounds without: nybble quantize --file {container}")
+    if to is None and (keep or rules):
+        raise UsageError("keep and rules say what else becomes of some weights; give the format of the others with --to")
+    _check_target(module, target, force)
+    contents = source if isinstance(source, Contents) else open_contents(source)
+    plan = make_plan(describe_contents(contents), Recipe(to, str(parsed), tuple(keep), tuple(rules))) if to else None
+    work = _Work(contents, module, plan, parsed, progress)
+    result = work.contents(chosen)
+    _check_room(target, work.bytes)
+    if module.FOLDER:
+        with new_folder(target, force, marker=MARKER) as folder:
+            _write(module, folder, result, chosen, work)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+    else:
+        size = _write_file(module, target, result, chosen, work)
+    return Conversion(target, module.NAME, tuple(work.steps[name] for name in (*result.packed, *result.floats)), size)
+
+
+def check_options(module: ModuleType, options: Mapping[str, str]) -> dict[str, str]:
+    """A container's options with their defaults. Raises UsageError for an unknown option or value."""
+    known: dict[str, tuple[tuple[str, ...], str]] = module.OPTIONS
+    for name, value in options.items():
+        if name not in known:
+            raise unknown_name(f"option of {module.NAME}", name, known)
+        if value not in known[name][0]:
+            raise UsageError(f"option {name} of {module.NAME} is {value!r}; it may be {', '.join(known[name][0])}")
+    return {name: options.get(name, values[0]) for name, (values, _) in known.items()}
+
+
+def describe_contents(contents: Contents) -> list[TensorInfo]:
+    """Every tensor of a model as a plan takes it, from its names and shapes alone. A head that is tied stands once, with its
+    table of tokens."""
+    table = table_for(str(contents.config.get("model_type")))
+    tied = bool(contents.config.get("tie_word_embeddings", table.ties_by_default))
+    head, tokens = table.tied or ("", "")
+    infos = []
+    for name, shape, dtype in (
+        *((name, shape, "F32") for name, (_, shape) in contents.packed.items()),
+        *((name, shape, tag) for name, (tag, shape) in contents.floats.items()),
+    ):
+        if tied and name == f"{head}.weight":
+            continue
+        matrix = name in contents.packed or (len(shape) == 2 and name.endswith("weight") and dtype in FLOAT_TAGS)
+        transposed = name in contents.floats and is_transposed(contents.config, name)
+        kind = kind_of(contents, name) if matrix else "float"
+        infos.append(
+            TensorInfo(
+                name=name,
+                aliases=(f"{head}.weight",) if tied and name == f"{tokens}.weight" else (),
+                kind={"float": "float", "linear": "conv1d" if transposed else "linear", "head": "linear"}.get(kind, "embedding"),
+                shape=(shape[1], shape[0]) if transposed else tuple(shape),
+                dtype=dtype,
+                block=table.block_of(name),
+                role=table.role_of(name),
+                reason="" if matrix else "bias" if name.endswith("bias") else "norm gain or other vector",
+            )
+        )
+    return infos
+
+
+def kind_of(contents: Contents, name: str) -> str:
+    """What a matrix is to a container: linear, head, embedding or positions; by its architecture's table, or by its name."""
+    table = table_for(str(contents.config.get("model_type")))
+    role = table.role_of(name)
+    if role:
+        return KINDS.get(role, "linear")
+    words = name.lower()
+    if "lm_head" in words:
+        return "head"
+    if "position" in words or words.endswith("wpe.weight"):
+        return "positions"
+    return "embedding" if "embed" in words or words.endswith("wte.weight") else "linear"
+
+
+class _Work:
+    """A conversion while it goes on: what each tensor becomes, and what that cost."""
+
+    def __init__(
+        self, source: Contents, module: ModuleType, plan: Plan | None, method: Method, progress: Progress | None
+    ) -> None:
+        self.source, self.module, self.method, self.progress = source, module, method, progress
+        self.wanted = {row.tensor.name: row.format for row in plan.rows} if plan else {}
+        self.plan = plan
+        self.steps: dict[str, Step] = {}
+        self.digests: dict[str, str] = {}
+        self.specs: dict[str, str] = {}
+        """Name of each matrix -> the format that it is written in."""
+        self.tags: dict[str, str] = {}
+        """Name of each other tensor -> its dtype tag."""
+        names = {info.name for info in describe_contents(source)}
+        for name in source.packed:
+            self.specs[name] = self._choose(name)
+        for name, (tag, shape) in source.floats.items():
+            if name not in names:  # a tied head: its table stands for it
+                continue
+            if len(shape) == 2 and tag in FLOAT_TAGS and name.endswith("weight"):
+                self.specs[name] = self._choose(name)
+            else:
+                self.tags[name] = CAST_TAGS[plan.recipe.format] if plan and plan.is_cast and tag in FLOAT_TAGS else tag
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """[out, in] of a matrix."""
+        if name in self.source.packed:
+            return self.source.packed[name][1]
+        first, second = self.source.floats[name][1]
+        return (second, first) if is_transposed(self.source.config, name) else (first, second)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors as they are written."""
+        matrices = sum(parse_format(spec).stored_bits(self.shape(name)) // 8 for name, spec in self.specs.items())
+        return matrices + sum(4 * int(np.prod(self.source.floats[name][1])) for name in self.tags)
+
+    def contents(self, options: Mapping[str, str]) -> Contents:
+        """What is written. A tensor is made when the container asks for it."""
+        plan = (
+            {"plan_hash": self.plan.hash, "format": self.plan.recipe.format, "method": self.plan.recipe.method}
+            if self.plan
+            else {}
+        )
+        packed = {name: (spec, self.shape(name)) for name, spec in self.specs.items()}
+        return dataclasses.replace(
+            self.source,
+            container=self.module.NAME,
+            packed=packed,
+            floats={name: (tag, self.source.floats[name][1]) for name, tag in self.tags.items()},
+            read_packed=self._matrix,
+            read_float=self._float,
+            read_stored=None,
+            provenance={**self.source.provenance, **plan},
+        )
+
+    def _choose(self, name: str) -> str:
+        """The format of a matrix in the container."""
+        asked = self._asked(name)
+        fmt = parse_format(asked)
+        specs: tuple[str, ...] = self.module.candidates(fmt, self.shape(name), kind_of(self.source, name))
+        if not specs:
+            raise UsageError(
+                f"{self.module.NAME} cannot hold {name} in {asked}: it holds {self.module.HOLDS}; "
+                "name one of them with --to, or another container with --file"
+            )
+        if len(specs) == 1 or str(fmt) in specs:
+            return str(fmt) if str(fmt) in specs else specs[0]
+        tensor = self._given(name, asked)  # codes that are there already: cheap to try
+        return next((spec for spec in specs if recast(tensor, parse_format(spec)).exact), specs[0])
+
+    def _asked(self, name: str) -> str:
+        """The format that a matrix should have before the container has its say."""
+        given = self.source.packed[name][0] if name in self.source.packed else _spec_of(self.source.floats[name][0])
+        if self.plan is not None and self.plan.is_cast and name in self.source.floats:
+            return self.plan.recipe.format
+        return self.wanted.get(name) or given
+
+    def _given(self, name: str, asked: str) -> QTensor:
+        """A matrix in the format that is asked for."""
+        fmt = parse_format(asked)
+        if name in self.source.packed:
+            return recast(self.source.read_packed(name), fmt).tensor
+        return self._round(name, self._weight(name), fmt)
+
+    def _weight(self, name: str) -> NDArray[np.float32]:
+        """A float matrix [out, in]."""
+        values = self.source.float32(name)
+        return np.ascontiguousarray(values.T) if is_transposed(self.source.config, name) else values
+
+    def _round(self, name: str, weight: NDArray[np.float32], fmt: Format) -> QTensor:
+        try:
+            return self.method.quantize(weight, fmt) if not fmt.is_cast else QTensor(fmt, *fmt.round(weight))
+        except NumericError as error:
+            raise NumericError(f"{name}: {error}") from error
+
+    def _matrix(self, name: str) -> QTensor:
+        spec = self.specs[name]
+        fmt, asked = parse_format(spec), self._asked(name)
+        if name in self.source.packed:
+            tensor = self.source.read_packed(name)
+            before, old = str(tensor.format), tensor
+            if asked not in (before, spec):
+                tensor = recast(tensor, parse_format(asked)).tensor
+            done = recast(tensor, fmt)
+            if tensor is not old:
+                done = compare(old.decode(), done.tensor)
+        else:
+            before, weight = self.source.floats[name][0], self._weight(name)
+            if fmt.is_cast:
+                made = self._round(name, weight, fmt)
+            else:
+                made = self._round(name, weight, parse_format(asked))
+                made = recast(made, fmt).tensor
+            done = compare(weight, made) if spec != _spec_of(before) else Recast(made, True, 0.0, 0.0)
+        self._note(Step(name, self.shape(name), before, spec, done.exact, done.error, done.energy))
+        self.digests[name] = digest_of(done.tensor)
+        return done.tensor
+
+    def _float(self, name: str) -> NDArray[Any]:
+        tag, values = self.source.floats[name][0], self.source.read_float(name)
+        exact, error, energy = True, 0.0, 0.0
+        if self.tags[name] != tag:
+            wide = self.source.float32(name)
+            fmt = parse_format(_spec_of(self.tags[name]))
+            cast = compare(wide.reshape(1, -1), self._round(name, wide.reshape(1, -1), fmt))
+            values = cast.tensor.stored()["values"].reshape(wide.shape)
+            exact, error, energy = cast.exact, cast.error, cast.energy
+        self._note(Step(name, values.shape, tag, self.tags[name], exact, error, energy))
+        self.digests[name] = sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+        return values
+
+    def _note(self, step: Step) -> None:
+        self.steps[step.name] = step
+        if self.progress is not None:
+            self.progress(step.name, len(self.steps), len(self.specs) + len(self.tags))
+
+
+def _spec_of(tag: str) -> str:
+    return {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[tag]
+
+
+def digest_of(tensor: QTensor) -> str:
+    """SHA-256 of a tensor's format, codes and params."""
+    digest = sha256(f"{tensor.format} {tensor.shape} {tensor.activations}".encode())
+    for suffix, array in sorted(tensor.stored().items()):
+        digest.update(suffix.encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _write(module: ModuleType, path: Path, contents: Contents, options: Mapping[str, str], work: _Work) -> None:
+    """Write, read again, compare."""
+    module.write(path, contents, options)
+    again: Contents = module.read(path)
+    for name in contents.packed:
+        tensor = again.read_packed(name) if name in again.packed else None
+        if tensor is not None and digest_of(tensor) == work.digests[name]:
+            continue
+        if tensor is None and name in again.floats and parse_format(work.specs[name]).is_cast:
+            tag, values = again.floats[name][0], again.read_float(name)
+            flat = np.ascontiguousarray(values.T) if is_transposed(contents.config, name) else values
+            fmt = parse_format(_spec_of(tag))
+            if (
+                digest_of(QTensor(fmt, *fmt.from_storage({"values": np.ascontiguousarray(flat)}, work.shape(name))))
+                == work.digests[name]
+            ):
+                continue
+        raise OutputError(f"{path}: tensor {name} does not read back as it was written; nothing was kept; please report it")
+
+
+def _write_file(module: ModuleType, target: Path, contents: Contents, options: Mapping[str, str], work: _Work) -> int:
+    """A single file, under a temporary name until it has been read again."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as folder:
+            part = Path(folder) / target.name
+            _write(module, part, contents, options, work)
+            size = part.stat().st_size
+            os.replace(part, target)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
+    return size
+
+
+def _check_target(module: ModuleType, target: Path, force: bool) -> None:
+    """Raise OutputError, before any work, where the target cannot become what the container makes."""
+    if module.FOLDER:
+        check_output(target, force, marker=MARKER)
+        return
+    if target.is_dir():
+        raise OutputError(f"output {target} is a folder; {module.NAME} is one file: name it, for example {target / 'model.gguf'}")
+    if target.exists() and not force:
+        raise OutputError(f"output {target} exists; name another or add --force to replace it")
+
+
+def _check_room(target: Path, size: int) -> None:
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size + ROOM:
+        raise OutputError(f"{target} takes about {(size + ROOM) / 1e6:,.0f} MB, {parent} has {free / 1e6:,.0f} MB free")
