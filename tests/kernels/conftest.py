@@ -59,7 +59,7 @@ class Kind:
     levels: str = "whole"
     """whole: code - 2**(bits - 1). from 0: the code itself. table: as many random levels."""
     offset: str = ""
-    """"": none. zero: whole numbers, zero points. any: any values."""
+    """"": none. zero: whole numbers, zero points. any: any values. shift: any values, added after the scale."""
 
     def __str__(self) -> str:
         return "-".join(filter(None, (f"{self.bits}bit", self.levels, self.offset)))
@@ -69,13 +69,14 @@ KINDS = (
     *(Kind(bits) for bits in range(2, 9)),
     *(Kind(bits, "from 0", "zero") for bits in range(2, 9)),
     Kind(4, "table"), Kind(3, "from 0", "any"),
+    *(Kind(bits, "from 0", "shift") for bits in (2, 4, 5, 8)), Kind(3, "whole", "shift"),
 )  # fmt: skip
 
 
 def make_packed(
     kind: Kind, rows: int, columns: int, block: int, seed: int = 0, half: bool = True, one: bool = False, power: bool = False
 ) -> arguments.Packed:
-    """A random weight. one: one scale for all of it. power: scales are powers of two, offsets whole numbers."""
+    """A random weight. one: one scale for all of it. power: scales are powers of two, offsets whole numbers or shifts of quarters."""
     random = np.random.default_rng((seed, kind.bits, rows, columns, block))
     count = 1 << kind.bits
     levels = np.arange(count) - (count // 2 if kind.levels == "whole" else 0.0)
@@ -87,12 +88,15 @@ def make_packed(
     offset = None
     if kind.offset == "zero":
         offset = random.integers(0, count, shape).astype(dtype)
-    elif kind.offset == "any":
+    elif kind.offset == "shift" and power:
+        offset = (random.integers(-8, 8, shape) / 4).astype(dtype)
+    elif kind.offset in ("any", "shift"):
         offset = random.normal(size=shape).astype(dtype)
     codes = random.integers(0, count, (rows, columns), dtype=np.uint8)
     packed = np.empty((rows, kernels.row_bytes(columns, kind.bits)), dtype=np.uint8)
     reference.pack(codes, packed, kind.bits)
-    return arguments.weight(packed, columns, kind.bits, levels.astype(np.float32), block, scale.astype(dtype), offset)
+    shifted = kind.offset == "shift"
+    return arguments.weight(packed, columns, kind.bits, levels.astype(np.float32), block, scale.astype(dtype), offset, shifted)
 
 
 @pytest.fixture(params=KINDS, ids=str)

@@ -26,6 +26,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "codebook": draw(st.booleans()),
         "half": draw(st.booleans()),
         "offsets": draw(st.booleans()),
+        "shifted": draw(st.booleans()),
         "one_scale": draw(st.booleans()),
         "seed": draw(st.integers(0, 2**32 - 1)),
     }
@@ -43,9 +44,8 @@ def make_weight(bits: int, shape: dict[str, Any]) -> arguments.Packed:
     packed = np.empty((rows, kernels.row_bytes(columns, bits)), dtype=np.uint8)
     reference.pack(codes, packed, bits)
     offset = (random.normal(size=parameters) * 3).astype(dtype) if shape["offsets"] else None
-    return arguments.weight(
-        packed, columns, bits, levels.astype(np.float32), block, random.normal(size=parameters).astype(dtype), offset
-    )
+    scale = random.normal(size=parameters).astype(dtype)
+    return arguments.weight(packed, columns, bits, levels.astype(np.float32), block, scale, offset, shape["shifted"])
 
 
 def decoded(weight: arguments.Packed) -> np.ndarray:
@@ -91,7 +91,7 @@ def test_decode_and_gather_are_equal_to_the_bit(bits: int, instruction_set: str,
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_decode_does_not_depend_on_threads(bits: int, instruction_set: str) -> None:
     shape = {"rows": 3000, "columns": 172, "block": 64, "seed": 5}
-    shape |= {"codebook": False, "half": True, "offsets": True, "one_scale": False}
+    shape |= {"codebook": False, "half": True, "offsets": True, "shifted": bits == 4, "one_scale": False}
     weight = make_weight(bits, shape)
     alone = kernels.decode(*weight, threads=1)
     for threads in (2, 3, 16):

@@ -21,6 +21,7 @@ def good() -> dict[str, Any]:
         "block": 64,
         "scale": np.ones((4, 2), dtype=np.float16),
         "offset": None,
+        "shifted": False,
     }
 
 

@@ -51,9 +51,9 @@ for bits in range(1, 9):
         blocks = -(-columns // block)
         scale = guarded(random.random((rows, blocks)).astype(np.float16))
         offset = guarded(random.random((rows, blocks)).astype(np.float32))
-        for levels in (np.arange(1 << bits) - 1.0, random.normal(size=1 << bits)):
+        for levels, shifted in ((np.arange(1 << bits) - 1.0, bits % 2 == 0), (random.normal(size=1 << bits), bits % 4 < 2)):
             table = guarded(levels.astype(np.float32))
-            weight = arguments.weight(packed, columns, bits, table, block, scale, offset)
+            weight = arguments.weight(packed, columns, bits, table, block, scale, offset, shifted)
             wanted = np.empty((rows, columns), dtype=np.float32)
             reference.decode(weight, wanted)
             assert (kernels.decode(*weight) == wanted).all()

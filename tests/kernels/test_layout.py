@@ -74,12 +74,13 @@ def test_rows_are_those_of_decode(kind: Any, packed: Any, each_set: Walk) -> Non
             assert kernels.rows_of(laid, np.empty(0, dtype=np.int64)).shape == (0, columns)
 
 
+@pytest.mark.parametrize("offset", ["any", "shift"])
 @pytest.mark.parametrize(("bits", "levels", "block"), [(1, "from 0", 64), (5, "table", 64), (8, "table", 172), (4, "whole", 24),
                                                         (4, "whole", 7), (3, "table", 64), (4, "table", 64)])  # fmt: skip
 def test_what_has_no_layout_is_decoded_once(
-    bits: int, levels: str, block: int, of_kind: Any, packed: Any, each_set: Walk
+    bits: int, levels: str, block: int, offset: str, of_kind: Any, packed: Any, each_set: Walk
 ) -> None:
-    weight = packed(of_kind(bits, levels, "any"), 17, 172, block)
+    weight = packed(of_kind(bits, levels, offset), 17, 172, block)
     x = np.random.default_rng(3).normal(size=(9, 172)).astype(np.float32)
     for _ in each_set():
         laid = kernels.lay(*weight)

@@ -55,9 +55,12 @@ def fast_bound(x: Floats, weight: Packed) -> Rows:
         return np.repeat(np.abs(parameter.astype(np.float64)), weight.block, axis=1)[:, : weight.columns]
 
     numbers = np.abs(weight.levels.astype(np.float64))[stored_codes(weight)]
-    if weight.offset is not None:
+    if weight.offset is not None and not weight.shifted:
         numbers = numbers + spread(weight.offset)
-    terms = wide[:, : weight.columns] @ (numbers * spread(weight.scale)).T
+    numbers = numbers * spread(weight.scale)
+    if weight.offset is not None and weight.shifted:
+        numbers = numbers + spread(weight.offset)
+    terms = wide[:, : weight.columns] @ numbers.T
     operations = 8 + -(-weight.columns // BLOCK) + 5
     # A table's rounded levels may be larger than its own by half a step of 1 / 127.
     return 1.02 * operations * (ROUNDING * terms + TINIEST)

@@ -110,8 +110,8 @@ def decode(
     block: int,
     scale: Parameter,
     offset: Parameter | None = None,
-    threads: int = 1,
     shifted: bool = False,
+    threads: int = 1,
 ) -> Floats:
     """The weight float32 [N, columns]: scale * (levels[code] - offset), or where `shifted` scale * levels[code] + offset, each
     step rounded to float32.
@@ -193,9 +193,9 @@ def lay(
     block: int,
     scale: Parameter,
     offset: Parameter | None = None,
+    shifted: bool = False,
     drop: bool = False,
     threads: int = 1,
-    shifted: bool = False,
 ) -> Laid:
     """The kernel layout of a packed weight; the arguments are those of `decode`.
 

@@ -147,7 +147,15 @@ class PackedWeight(nn.Module):
                 codes = np.require(codes, requirements=("C", "A"))
                 block, threads = self.format.block(columns), torch.get_num_threads()
                 laid = kernels.lay(
-                    codes, columns, self.format.bits, self._levels, block, scale, offset, threads=threads, shifted=self.format.shifted
+                    codes,
+                    columns,
+                    self.format.bits,
+                    self._levels,
+                    block,
+                    scale,
+                    offset,
+                    threads=threads,
+                    shifted=self.format.shifted,
                 )
                 assert laid.holds_codes, f"the kernels have no layout for {self.format}"
                 given_up = {name: self.get_buffer(name) for name in ("codes", "scale") if name in self._buffers}
@@ -229,7 +237,7 @@ class PackedWeight(nn.Module):
         codes, (scale, offset) = arrays.pop("codes"), self.format.kernel_grid(arrays)
         block, threads = self.format.block(columns), torch.get_num_threads()
         decoded = kernels.decode(
-            codes, columns, self.format.bits, self._levels, block, scale, offset, threads, self.format.shifted
+            codes, columns, self.format.bits, self._levels, block, scale, offset, self.format.shifted, threads
         )
         return torch.from_numpy(decoded).to(dtype)
 
