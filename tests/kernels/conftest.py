@@ -76,7 +76,7 @@ KINDS = (
 def make_packed(
     kind: Kind, rows: int, columns: int, block: int, seed: int = 0, half: bool = True, one: bool = False, power: bool = False
 ) -> arguments.Packed:
-    """A random weight. one: one scale for all of it. power: scales are powers of two, offsets whole numbers or shifts of quarters."""
+    """A random weight. one: one scale for all. power: scales are powers of two, offsets whole numbers, shifts quarters."""
     random = np.random.default_rng((seed, kind.bits, rows, columns, block))
     count = 1 << kind.bits
     levels = np.arange(count) - (count // 2 if kind.levels == "whole" else 0.0)
