@@ -50,6 +50,16 @@ class MeasureError(NybbleError, RuntimeError):
     """A measuring process died or gave no result."""
 
 
+def shown(value: object, most: int = 80) -> str:
+    """What a file says, for a message: `repr` of a text or number, cut after `most` characters, with no line break, no control
+    character and nothing that turns the direction of a line, whatever stands in it."""
+    if isinstance(value, int) and not -(10**most) < value < 10**most:
+        return f"a number of more than {most} digits"  # repr of one with thousands of digits raises ValueError
+    text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= most + 2 else f"{text[:most]}..."
+
+
 MOST_NAMES = 20
 """An error lists so many known names at most: the weights of a model are hundreds."""
 

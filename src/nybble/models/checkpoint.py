@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import FileFormatError, InputError
+from nybble.errors import FileFormatError, InputError, shown
+from nybble.files.json_strict import MAX_BYTES, parse_object, read_object
+from nybble.files.opening import read_bytes
 from nybble.files.safetensors import SafetensorsFile, file_sha256
+from nybble.models.config_check import check_config
 
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+"""What an index may name: one part of a path, of signs that no file system reads anything into."""
 EXTRAS = (
     "generation_config.json",
     "tokenizer.json",
@@ -52,7 +57,7 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """SHA-256 over config.json and all weight files in order."""
-        digest = sha256((self.folder / "config.json").read_bytes())
+        digest = sha256(read_bytes(self.folder / "config.json", MAX_BYTES))
         for file in self.files:
             digest.update(file_sha256(file).encode())
         return digest.hexdigest()
@@ -71,13 +76,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     if "model_type" not in config:
         raise FileFormatError(f"{folder / 'config.json'} has no model_type, so the architecture is unknown")
-    for key in ("auto_map", "trust_remote_code"):
-        if key in config:
-            raise InputError(f"{folder / 'config.json'} asks to run code of its own ({key}); nybble never does: remove it")
-    files = _weight_files(folder)
-    for file in files:
-        SafetensorsFile(file)
-    return Checkpoint(folder, config, tuple(files))
+    check_config(config, folder / "config.json")
+    return Checkpoint(folder, config, tuple(_weight_files(folder)))
 
 
 def check_tokenizer(folder: str | Path) -> None:
@@ -100,37 +100,53 @@ def is_causal(config: dict[str, Any]) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it cannot be read, FileFormatError when it is no JSON object."""
-    try:
-        return parse_json(path.read_bytes(), path)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    return read_object(path)
 
 
 def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     """A JSON object from the bytes of a file. Raises FileFormatError, naming `path`, when they are no JSON object."""
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+    return parse_object(content, path)
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, each checked. Raises InputError and FileFormatError as `open_checkpoint`."""
     if (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX).get("weight_map", {})
-        names = sorted(set(shards.values())) if isinstance(shards, dict) else []
-        if not names:
-            raise FileFormatError(f"{folder / INDEX} names no shard")
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise FileFormatError(f"{folder / INDEX} names {name!r}; a shard is a *.safetensors file of the same folder")
-            if not (folder / name).is_file():
-                raise InputError(f"{folder} lacks shard {name}, which its index names; the download is incomplete")
-        return [folder / name for name in names]
+        return _indexed(folder)
     if (folder / "model.safetensors").is_file():
+        SafetensorsFile(folder / "model.safetensors")
         return [folder / "model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise InputError(f"{folder} has only pickled weights (*.bin), which can run code; convert them to safetensors first")
+        raise InputError(
+            f"{folder} has only pickled weights (*.bin), which can run code in programs that load them; "
+            "nybble convert --allow-pickle makes safetensors of them without"
+        )
     raise InputError(f"{folder} has no model.safetensors and no {INDEX}")
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The shards that an index names: files of the folder, which hold the tensors that it says, and no others."""
+    index = folder / INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise FileFormatError(f"{index} names no shard")
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not SHARD.fullmatch(shard):
+            raise FileFormatError(
+                f"{index} names {shown(shard)} for tensor {shown(name)}; a shard is a *.safetensors file of the same folder"
+            )
+    shards = sorted(set(places.values()))
+    if shards != ["model.safetensors"] and (folder / "model.safetensors").exists():
+        raise FileFormatError(f"{folder} holds model.safetensors beside an index of other files; remove what does not belong")
+    held: dict[str, str] = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder} lacks shard {shard}, which its index names; the download is incomplete")
+        for name in SafetensorsFile(folder / shard).entries:
+            if places.get(name) != shard:
+                said = f"says is in {places[name]}" if name in places else "does not name"
+                raise FileFormatError(f"{folder / shard} holds tensor {shown(name)}, which {INDEX} {said}")
+            held[name] = shard
+    for name, shard in places.items():
+        if name not in held:
+            raise FileFormatError(f"{folder / shard} lacks tensor {shown(name)}, which {INDEX} says it holds")
+    return [folder / shard for shard in shards]
