@@ -67,7 +67,7 @@ MOST_NAMES = 20
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The error for a name that is not known: says what was given, the nearest names, and what there is."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.5)  # takes time with the length, and files name formats too
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return UsageError(f"unknown {kind} {name!r}{hint} (known: {', '.join(names[:MOST_NAMES])}{more})")
+    return UsageError(f"unknown {kind} {shown(name)}{hint} (known: {', '.join(names[:MOST_NAMES])}{more})")

@@ -111,7 +111,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "zero rows": ({**GOOD, "tensors": {"w": {"format": "int4:g64", "shape": [0, 100]}}}, "not two positive integers"),
     "a negative shape": ({**GOOD, "tensors": {"w": {"format": "int4:g64", "shape": [-4, -100]}}}, "not two positive integers"),
     "a fractional shape": ({**GOOD, "tensors": {"w": {"format": "int4:g64", "shape": [4.0, 100]}}}, "not two positive integers"),
-    "a shape beyond all limits": ({**GOOD, "tensors": {"w": {"format": "int4:g64", "shape": [4, 2**80]}}}, "columns must be"),
+    "a shape beyond all limits": ({**GOOD, "tensors": {"w": {"format": "int4:g64", "shape": [4, 2**62]}}}, "columns must be"),
     "a tensor that is not in the file": (GOOD, "lacks tensor 'w.codes', which config.json names"),
 }
 
@@ -163,7 +163,7 @@ def test_broken_provenance(text: str, folder: Path) -> None:
     file = SafetensorsFile(folder / WEIGHTS)
     tags = {name: entry.dtype for name, entry in file.entries.items()}
     write(folder / WEIGHTS, {name: file.read(name).copy() for name in file.entries}, {"nybble": text}, tags)
-    with pytest.raises(FileFormatError, match="its provenance is"):
+    with pytest.raises(FileFormatError, match="its provenance (is|holds)"):
         open_native(folder)
 
 

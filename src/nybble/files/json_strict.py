@@ -59,11 +59,13 @@ def parse(data: bytes, where: str | Path, limit: int = MAX_BYTES) -> Any:
         if _SURROGATE.search(data):
             check_unicode(value)
     except RecursionError as error:
-        raise FileFormatError(f"{where} is not JSON that is read here: it nests too deep (limit {MAX_DEPTH})") from error
+        raise FileFormatError(f"{where} is not JSON to read: it nests deeper than {MAX_DEPTH}") from error
+    except (json.JSONDecodeError, UnicodeError) as error:
+        raise FileFormatError(f"{where} is not JSON: {shown_reason(error)}") from error
     except FileFormatError:
         raise
     except ValueError as error:
-        raise FileFormatError(f"{where} is not JSON: {shown_reason(error)}") from error
+        raise FileFormatError(f"{where} is JSON that is not safe to read: {shown_reason(error)}") from error
     return value
 
 

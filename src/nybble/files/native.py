@@ -22,13 +22,16 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from nybble.errors import FileFormatError, InputError, UsageError
+from nybble.errors import FileFormatError, InputError, UsageError, shown
+from nybble.files.json_strict import parse_object, read_object
 from nybble.files.safetensors import SafetensorsFile, write
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations, parse_entry
 
 CONTAINER = 1
 WEIGHTS = "model.safetensors"
+MAX_SPEC = 200
+"""Characters of a format's name."""
 PROVENANCE = "nybble"
 """Key of the safetensors metadata that holds the provenance as JSON."""
 
@@ -55,7 +58,7 @@ class NativeFile:
             stored = {suffix: self.file.read(f"{name}.{suffix}").copy() for suffix in fmt.storage(shape)}
             return QTensor.from_stored(fmt, stored, shape, self.schemes.get(name))
         except (ValueError, InputError) as error:
-            raise FileFormatError(f"{self.file.path}: tensor {name!r}: {error}") from error
+            raise FileFormatError(f"{self.file.path}: tensor {shown(name)}: {error}") from error
 
     def read_all(self) -> dict[str, QTensor]:
         """Every packed tensor, by name."""
@@ -92,9 +95,9 @@ def config_entry(tensors: Mapping[str, QTensor]) -> dict[str, Any]:
 def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]]]:
     """Name -> (format spec, shape) of a `quantization_config`. Raises FileFormatError for one that is not ours."""
     if entry.get("quant_method") != "nybble":
-        raise FileFormatError(f"quant_method is {entry.get('quant_method')!r}, not 'nybble'")
+        raise FileFormatError(f"quant_method is {shown(entry.get('quant_method'))}, not 'nybble'")
     if entry.get("container") != CONTAINER:
-        raise FileFormatError(f"container version {entry.get('container')!r}; this nybble reads {CONTAINER}")
+        raise FileFormatError(f"container version {shown(entry.get('container'))}; this nybble reads {CONTAINER}")
     tensors = entry.get("tensors")
     if not isinstance(tensors, dict):
         raise FileFormatError(f"tensors of the quantization_config is {type(tensors).__name__}, not a map of tensor names")
@@ -103,14 +106,14 @@ def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]
         try:
             rows, columns = item["shape"]
             if not (type(rows) is int and type(columns) is int and rows > 0 and columns > 0):
-                raise ValueError(f"shape {item['shape']} is not two positive integers")
-            if not isinstance(item["format"], str):
-                raise ValueError(f"format {item['format']!r} is not a spec string")
+                raise ValueError(f"shape {shown(item['shape'])} is not two positive integers")
+            if not isinstance(item["format"], str) or len(item["format"]) > MAX_SPEC:
+                raise ValueError(f"format {shown(item['format'])} is not a spec string")
             fmt = parse_format(item["format"])
             fmt.storage((rows, columns))  # raises ValueError for sizes beyond what can be packed
             packed[name] = (str(fmt), (rows, columns))
         except (TypeError, KeyError, ValueError, UsageError) as error:
-            raise FileFormatError(f"quantization_config of tensor {name!r}: {error}") from error
+            raise FileFormatError(f"quantization_config of tensor {shown(name)}: {error}") from error
     return packed
 
 
@@ -126,30 +129,23 @@ def read_schemes(entry: Mapping[str, Any]) -> dict[str, Activations]:
                 if not parse_format(item["format"]).is_integer:
                     raise ValueError(f"activations {schemes[name].scheme} need an integer format, {item['format']} is none")
             except ValueError as error:
-                raise FileFormatError(f"quantization_config of tensor {name!r}: {error}") from error
+                raise FileFormatError(f"quantization_config of tensor {shown(name)}: {error}") from error
     return schemes
 
 
 def is_native(folder: Path) -> bool:
     """Whether a folder says of itself that it is this container."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        entry = read_object(folder / "config.json").get("quantization_config")
+    except InputError:
         return False
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(entry, dict) and entry.get("quant_method") == "nybble"
 
 
 def open_native(folder: str | Path) -> NativeFile:
     """Open a folder written by `write_native`. Raises InputError when it is missing, FileFormatError when it is broken."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {folder / 'config.json'}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{folder / 'config.json'} is not JSON: {error}") from error
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    entry = read_object(folder / "config.json").get("quantization_config")
     if not isinstance(entry, dict):
         raise FileFormatError(f"{folder} is not quantized: its config.json has no quantization_config")
     file = SafetensorsFile(folder / WEIGHTS)
@@ -161,16 +157,11 @@ def open_native(folder: str | Path) -> NativeFile:
         inputs = schemes[name].stored() if name in schemes else {}
         for suffix in (*parse_format(spec).storage(shape), *inputs):
             if f"{name}.{suffix}" not in file.entries:
-                raise FileFormatError(f"{file.path} lacks tensor {f'{name}.{suffix}'!r}, which config.json names")
+                raise FileFormatError(f"{file.path} lacks tensor {shown(f'{name}.{suffix}')}, which config.json names")
     for name, scheme in schemes.items():
         try:
             schemes[name] = scheme.with_stored({suffix: file.read(f"{name}.{suffix}") for suffix in scheme.stored()})
         except ValueError as error:
-            raise FileFormatError(f"{file.path}: tensor {name!r}: {error}") from error
-    try:
-        provenance = json.loads(file.metadata.get(PROVENANCE, "{}"))
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{file.path}: its provenance is not JSON: {error}") from error
-    if not isinstance(provenance, dict):
-        raise FileFormatError(f"{file.path}: its provenance is {type(provenance).__name__}, not a map")
+            raise FileFormatError(f"{file.path}: tensor {shown(name)}: {error}") from error
+    provenance = parse_object(file.metadata.get(PROVENANCE, "{}").encode("utf-8"), f"{file.path}: its provenance")
     return NativeFile(file, provenance, packed, schemes)
