@@ -33,6 +33,7 @@ LAYERS = (
     {"engine"},
     {"calibrate"},
     {"methods"},
+    {"mixes"},
     {"plan"},
     {"convert"},
     {"edits"},
@@ -57,6 +58,7 @@ FORBIDDEN = {
     "containers": {"nybble.methods", "nybble.kernels", "torch", "transformers"},
     "methods": {"nybble.files", "nybble.models", "nybble.kernels", "transformers"},
     "engine": {"nybble.methods", "nybble.models.loading", "nybble.models.packed", "torch", "transformers"},
+    "mixes": {"torch", "transformers"},
     "plan": {"torch", "transformers"},
     "report": {"nybble.run", "nybble.quantized", "nybble.models", "nybble.demo", "torch", "transformers"},
 }

@@ -12,7 +12,8 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -40,6 +41,20 @@ KINDS = {"token table": "embedding", "position table": "positions", "head": "hea
 MARKER = "config.json"
 ROOM = 1 << 20
 """Bytes beside the tensors that an output may take: headers, a tokenizer."""
+
+
+@contextmanager
+def opened(path: str | Path, allow_pickle: bool = False) -> Iterator[Contents]:
+    """What a path holds; with `allow_pickle` also a folder that has its weights in *.bin files only, which are first written
+    as safetensors into a temporary folder. Errors as of `open_contents`."""
+    path = Path(path)
+    if not (allow_pickle and path.is_dir() and not any(path.glob("*.safetensors"))):
+        yield open_contents(path)
+        return
+    from nybble.files.pickled import pickled_to_safetensors
+
+    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
+        yield open_contents(pickled_to_safetensors(path, Path(folder)))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from nybble.errors import UsageError, unknown_name
-from nybble.formats import Format, parse_format
+from nybble.formats import Format, format_names, parse_format
 from nybble.formats.activations import Activations
 from nybble.methods import parse_method
+from nybble.mixes import find_mix, format_of, is_positions, mix_names
 from nybble.models.info import TensorInfo
 
 FLOAT_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16}
@@ -27,7 +28,7 @@ class Recipe:
     """What is wanted of a model."""
 
     format: str
-    """Spec string for every weight that no rule names."""
+    """Spec string for every weight that no rule names, or the name of a mix."""
     method: str = "rtn"
     keep: tuple[str, ...] = ()
     """Weights that stay in float: parameter or module names, their last parts, or globs of them."""
@@ -35,7 +36,8 @@ class Recipe:
     """(pattern, format spec) for some weights; the last match wins, `keep` before all."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", str(parse_format(self.format)))
+        found = find_mix(self.format)
+        object.__setattr__(self, "format", found[0] if found else str(parse_format(self.format)))
         object.__setattr__(self, "rules", tuple((p, str(parse_format(f))) for p, f in self.rules))
         object.__setattr__(self, "keep", tuple(self.keep))
 
@@ -116,13 +118,24 @@ def make_plan(tensors: Sequence[TensorInfo], recipe: Recipe) -> Plan:
         if not any(_matches(pattern, t) for t in tensors):
             names = [t.name.removesuffix(".weight") for t in tensors if t.kind != "float"]
             raise unknown_name("weight in --keep or --rule", pattern, names)
-    rows = tuple(_decide(tensor, recipe) for tensor in tensors)
+    rows = tuple(_decide(tensor, recipe, tensors) for tensor in tensors)
     if not any(row.format for row in rows):
         raise UsageError(f"nothing to quantize: {len(rows)} tensors, none of them left to pack; loosen --keep")
     return Plan(recipe, rows)
 
 
-def _decide(tensor: TensorInfo, recipe: Recipe) -> PlanRow:
+def check_format(spec: str) -> None:
+    """Raise UsageError unless a spec names a format or a mix."""
+    if find_mix(spec) is None:
+        try:
+            parse_format(spec)
+        except UsageError as error:
+            if "unknown format" not in str(error):
+                raise
+            raise unknown_name("format", spec.partition(":")[0], [*format_names(), *mix_names()]) from error
+
+
+def _decide(tensor: TensorInfo, recipe: Recipe, tensors: Sequence[TensorInfo]) -> PlanRow:
     whole_cast = recipe.format in CAST_TAGS and not recipe.keep and not recipe.rules
     if tensor.kind == "float":
         if whole_cast and tensor.dtype in FLOAT_BITS:
@@ -133,22 +146,42 @@ def _decide(tensor: TensorInfo, recipe: Recipe) -> PlanRow:
         if _matches(pattern, tensor):
             return PlanRow(tensor, None, None, _float_bits(tensor), f"kept by --keep {pattern}")
     spec, reason = recipe.format, ""
+    mix = find_mix(recipe.format)
+    if mix is not None:
+        if is_positions(tensor):
+            return PlanRow(tensor, None, None, _float_bits(tensor), f"table of positions: {mix[0]} leaves it in float")
+        spec, why = format_of(mix[1], tensor, tensors)
+        reason = f"{mix[0]}: {why}" if why else ""
     for pattern, rule_format in recipe.rules:
         if _matches(pattern, tensor):
             spec, reason = rule_format, f"rule {pattern}"
     fmt = parse_format(spec)
     shape = (tensor.shape[0], tensor.shape[1])
+    fits, instead = _fitting(fmt, shape[1])
     notes = [
         reason or f"{tensor.kind} weight",
         f"tied with {', '.join(tensor.aliases)}" if tensor.aliases else "",
-        _tail(fmt, shape[1]),
+        _tail(fits, shape[1]),
+        instead,
     ]
+    fmt = fits
     scheme = _scheme(tensor, fmt, recipe)
     if scheme is not None:
         notes.append(f"activations {scheme}")
     method = "cast" if fmt.is_cast else recipe.method
     bits = fmt.stored_bits(shape) + (Activations(scheme).bits if scheme else 0)
     return PlanRow(tensor, str(fmt), method, bits, "; ".join(n for n in notes if n), scheme)
+
+
+def _fitting(fmt: Format, columns: int) -> tuple[Format, str]:
+    """(the format, or the one that takes its place for rows of so many columns, why)."""
+    fits = fmt
+    while fits.whole > 1 and columns % fits.whole:
+        spec = fits.fallback(columns)
+        if spec is None:
+            fits.check_columns(columns)
+        fits = parse_format(str(spec))
+    return fits, "" if fits == fmt else f"rows of {columns} columns are no multiple of {fmt.whole}: {fits}, not {fmt}"
 
 
 def _scheme(tensor: TensorInfo, fmt: Format, recipe: Recipe) -> str | None:
@@ -158,7 +191,7 @@ def _scheme(tensor: TensorInfo, fmt: Format, recipe: Recipe) -> str | None:
     scheme = method.settings.activations
     if scheme == "float" or tensor.kind == "embedding" or tensor.block is None:
         return None
-    if fmt.is_cast and not parse_format(recipe.format).is_cast:
+    if fmt.is_cast and (find_mix(recipe.format) or not parse_format(recipe.format).is_cast):
         return None
     if not fmt.is_integer:
         raise UsageError(f"method {method} multiplies integers: {fmt} has none; use int8:channel")

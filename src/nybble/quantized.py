@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,18 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from nybble.containers import Contents, find_container, open_contents
+from nybble.containers.contents import read_extras
 from nybble.edits import Edit
 from nybble.errors import UsageError
 from nybble.files import safetensors
 from nybble.files.folder import new_folder
-from nybble.files.native import WEIGHTS, config_entry, open_native, write_native
+from nybble.files.native import config_entry
 from nybble.formats import QTensor, parse_format
 from nybble.methods.steps.choose import Account
-from nybble.models.checkpoint import EXTRAS, open_checkpoint
 from nybble.models.describe import TAGS, describe, sites
 from nybble.models.float_weights import float_weight
-from nybble.models.loading import DTYPES, load_model
+from nybble.models.loading import DTYPES, load_model, load_state
 from nybble.models.packed import PackedWeight
 
 
@@ -80,23 +80,31 @@ class Quantized:
         It appears complete or not at all. Raises OutputError when it exists (unless `force`) or cannot be written.
         """
         path = Path(path)
+        contents = self.contents()
         with new_folder(path, force, marker="config.json") as work:
-            config = self._model.config.to_dict()
-            config.pop("quantization_config", None)
-            config["architectures"] = [type(self._model).__name__]
-            config["dtype"] = str(next(self._model.parameters()).dtype).removeprefix("torch.")  # of activations
-            if self._cast:
-                arrays, tags = _tagged(self._plain_state())
-                safetensors.write(
-                    work / WEIGHTS, arrays, {"format": "pt", "nybble": json.dumps(self.provenance, sort_keys=True)}, tags
-                )
-            else:
-                config["quantization_config"] = config_entry(self.tensors)
-                arrays, tags = _tagged(self._float_state())
-                write_native(work, self.tensors, [(n, (tags[n], a)) for n, a in arrays.items()], self.provenance)
-            (work / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            self._copy_extras(work)
+            find_container(contents.container).write(work, contents, {})
         return path
+
+    def contents(self) -> Contents:
+        """What every container writes: packed tensors, floats, config, and the files that go along."""
+        config = self._model.config.to_dict()
+        config.pop("quantization_config", None)
+        config["architectures"] = [type(self._model).__name__]
+        config["dtype"] = str(next(self._model.parameters()).dtype).removeprefix("torch.")  # of activations
+        tensors = {} if self._cast else self.tensors
+        arrays, tags = _tagged(self._plain_state() if self._cast else self._float_state())
+        return Contents(
+            container="float" if self._cast else "nybble",
+            path=self._source or Path(str(config["architectures"][0])),
+            config=config,
+            packed={name: (str(tensor.format), tensor.shape) for name, tensor in tensors.items()},
+            floats={name: (tags[name], array.shape) for name, array in arrays.items()},
+            read_packed=tensors.__getitem__,
+            read_float=arrays.__getitem__,
+            schemes={name: tensor.activations for name, tensor in tensors.items() if tensor.activations is not None},
+            extras=self._extras(),
+            provenance=self.provenance,
+        )
 
     def _plain_state(self) -> dict[str, torch.Tensor]:
         return {info.name: stored_tensor(self._model, info.name) for info in describe(self._model)}
@@ -105,7 +113,7 @@ class Quantized:
         """What stays in float, in the type that the source stored it in: it was read from that, so nothing is lost. Not what
         was edited: that is float32, since a scale in a norm and its inverse in a matrix must cancel."""
         packed = tuple(f"{name}." for name in self.tensors)
-        tag = open_checkpoint(self._source).float_tag if self._source else None
+        tag = open_contents(self._source).float_tag if self._source else None
         dtype = next((d for d, t in TAGS.items() if t == tag), None)
         return {
             name: tensor.to(dtype) if dtype and tensor.dtype in TAGS and name not in self.changed else tensor
@@ -113,32 +121,54 @@ class Quantized:
             if not name.startswith(packed)
         }
 
-    def _copy_extras(self, work: Path) -> None:
+    def _extras(self) -> dict[str, bytes]:
         if self._source is not None:
-            for name in EXTRAS:
-                if (self._source / name).is_file():
-                    shutil.copyfile(self._source / name, work / name)
-        elif getattr(self._model, "generation_config", None) is not None:
-            self._model.generation_config.save_pretrained(work)
+            return dict(open_contents(self._source).extras) if self._source.is_file() else read_extras(self._source)
+        if getattr(self._model, "generation_config", None) is None:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            self._model.generation_config.save_pretrained(folder)
+            return read_extras(Path(folder))
 
 
 def load(path: str | Path, dtype: str = "fp32") -> Quantized:
-    """A folder that nybble wrote (or any float model folder, as it is). `dtype` is that of activations and float tensors.
+    """A model that any container holds: a folder of nybble's or of another tool, quantized or float, or a GGUF file. `dtype` is
+    that of activations and float tensors.
 
-    Raises InputError and FileFormatError as `open_checkpoint` does, UsageError for an unknown dtype.
+    Raises InputError and FileFormatError as `open_contents` does, UsageError for an unknown dtype.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    checkpoint = open_checkpoint(path)
-    if "quantization_config" not in checkpoint.config:
-        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32")
-        cast = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}.get(stored, "fp32")
-        provenance = json.loads(safetensors.SafetensorsFile(checkpoint.files[0]).metadata.get("nybble", "{}"))
-        model = load_model(path, DTYPES[cast])
-        return Quantized(model, str(provenance.get("plan_hash", "")), cast, provenance, checkpoint.folder)
-    native = open_native(path)
-    model = load_model(path, DTYPES[dtype])
-    return Quantized(model, str(native.provenance.get("plan_hash", "")), None, native.provenance, checkpoint.folder)
+    path = Path(path)
+    contents = open_contents(path)
+    plan_hash = str(contents.provenance.get("plan_hash", ""))
+    if contents.container == "float":
+        cast = {"F16": "fp16", "BF16": "bf16"}.get(contents.float_tag, "fp32")
+        return Quantized(load_model(path, DTYPES[cast]), plan_hash, cast, contents.provenance, path)
+    if contents.container == "nybble":
+        return Quantized(load_model(path, DTYPES[dtype]), plan_hash, None, contents.provenance, path)
+    return Quantized(model_of(contents, DTYPES[dtype]), plan_hash, None, contents.provenance, path)
+
+
+def model_of(contents: Contents, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The torch model of a container that transformers does not open by itself; it computes with packed weights."""
+    state: dict[str, torch.Tensor] = {}
+    entry: dict[str, Any] = {}
+    for name in contents.packed:
+        tensor = contents.read_packed(name)
+        entry[name] = tensor
+        inputs = tensor.activations.stored() if tensor.activations else {}
+        for suffix, array in (*tensor.stored().items(), *inputs.items()):
+            state[f"{name}.{suffix}"] = _torch(array, "BF16" if str(tensor.format) == "bf16" else "")
+    for name, (tag, _) in contents.floats.items():
+        state[name] = _torch(contents.read_float(name), tag)
+    config = {**contents.config, "quantization_config": config_entry(entry)} if entry else dict(contents.config)
+    return load_state(config, state, dtype, contents.path)
+
+
+def _torch(array: NDArray[Any], tag: str) -> torch.Tensor:
+    values = torch.from_numpy(np.array(array))
+    return values.view(torch.bfloat16) if tag == "BF16" else values
 
 
 def float_weights(model: nn.Module) -> list[tuple[str, NDArray[np.float32]]]:

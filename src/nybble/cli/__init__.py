@@ -24,12 +24,12 @@ INTERRUPTED = 130
 Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for wrong arguments: its own class, or that of the click package, by its version."""
 
-VERBS = ("compare", "report", "quantize", "methods", "plan", "inspect", "eval", "generate", "bench")
+VERBS = ("compare", "report", "quantize", "convert", "methods", "plan", "inspect", "eval", "generate", "bench")
 """Each is the module of its name, with NAME, HELP and run; `--help` lists them in this order."""
 
 
 def make_app(verbs: Sequence[str] = VERBS) -> typer.Typer:
-    """The command line with some of its verbs. Reading the options of all nine takes longer than printing a version."""
+    """The command line with some of its verbs. Reading the options of all ten takes longer than printing a version."""
     app = typer.Typer(
         name="nybble",
         help="Make a language model small and fast on the machine you have, and prove what that cost.",

@@ -98,6 +98,19 @@ def progress() -> Iterator[ProgressLine]:
         yield line
 
 
+def parse_options(options: Sequence[str]) -> dict[str, str]:
+    """`--option NAME=VALUE` options by name. Raises UsageError for one without an equals sign, or given twice."""
+    from nybble.errors import UsageError
+
+    found: dict[str, str] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (name and equals and value) or name in found:
+            raise UsageError(f"--option {option!r} is not NAME=VALUE, each name once, for example checkpoint_format=gptq_v2")
+        found[name] = value
+    return found
+
+
 def parse_rules(rules: Sequence[str]) -> list[tuple[str, str]]:
     """`--rule PATTERN=FORMAT` options as pairs. Raises UsageError for one without an equals sign."""
     from nybble.errors import UsageError

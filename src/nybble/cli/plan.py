@@ -32,13 +32,12 @@ def run(
 ) -> None:
     """Build the plan on an empty model and print it."""
     from nybble.demo import model_folder
-    from nybble.formats import parse_format
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
-    from nybble.plan import Recipe, make_plan
+    from nybble.plan import Recipe, check_format, make_plan
 
-    parse_format(to)
+    check_format(to)
     recipe = Recipe(to, str(parse_method(method)), tuple(keep or ()), tuple(console.parse_rules(rule or ())))
     folder = resolve(model, download=True) if model is not None else Path(model_folder())
     checkpoint = open_checkpoint(folder)

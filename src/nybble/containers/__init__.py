@@ -20,13 +20,13 @@ A container module has
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 from pathlib import Path
 from typing import Any
 
 from nybble.containers.contents import Contents
-from nybble.errors import InputError, unknown_name
+from nybble.errors import InputError, shown, unknown_name
+from nybble.files.json_strict import read_object
 
 __all__ = ["KINDS", "Contents", "container_names", "find_container", "open_contents"]
 
@@ -81,9 +81,12 @@ def _stated(folder: Path) -> str | None:
     """The container that a folder's config.json names; `float` where it names none. What is wrong with that file is said by the
     container that reads it."""
     try:
-        entry = json.loads((folder / "config.json").read_bytes())["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        entry = read_object(folder / "config.json").get("quantization_config")
+    except InputError:
         return "float"
-    if not isinstance(entry, str) or _find(entry) is None:
-        raise InputError(f"{folder}: quant_method {str(entry)[:60]!r} of config.json is none of {', '.join(container_names())}")
-    return entry
+    if entry is None:
+        return "float"
+    method = entry.get("quant_method") if isinstance(entry, dict) else None
+    if not isinstance(method, str) or _find(method) is None:
+        raise InputError(f"{folder}: quant_method {shown(method)} of config.json is none of {', '.join(container_names())}")
+    return method

@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError
+from nybble.files.opening import read_bytes
 from nybble.formats import QTensor
 from nybble.formats.activations import Activations
 from nybble.models.checkpoint import EXTRAS
 
+LARGEST_EXTRA = 1 << 28
+"""Bytes of a file that goes along: the largest tokenizers have a tenth of it."""
 FLOAT_TAGS = ("F32", "F16", "BF16")
 
 
@@ -80,7 +83,7 @@ def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 def read_extras(folder: Path) -> dict[str, bytes]:
     """The files of a model folder that go along with its weights: tokenizer, generation settings."""
-    return {name: (folder / name).read_bytes() for name in EXTRAS if (folder / name).is_file()}
+    return {name: read_bytes(folder / name, LARGEST_EXTRA) for name in EXTRAS if (folder / name).is_file()}
 
 
 def write_extras(folder: Path, config: Mapping[str, Any], extras: Mapping[str, bytes]) -> None:

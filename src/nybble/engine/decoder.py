@@ -26,8 +26,8 @@ from nybble.engine.runner import MOST_ROWS, Runner, make_runner
 from nybble.engine.sampling import Sampling, choose
 from nybble.engine.weights import Weights
 from nybble.errors import InputError, NumericError, UsageError, unknown_name
+from nybble.files.json_strict import parse_object
 from nybble.models.arch import table_for
-from nybble.models.checkpoint import parse_json
 
 CACHES = ("f32", "f16", "int16", "int8", "int4")
 """What keys and values may be held in."""
@@ -312,7 +312,7 @@ def _end_tokens(contents: Contents, vocabulary: int) -> tuple[int, ...]:
     """Ids that end a text, by generation_config.json or config.json."""
     path = contents.path / "generation_config.json"
     stored = contents.extras.get("generation_config.json")
-    generation = {} if stored is None else parse_json(stored, path)
+    generation = {} if stored is None else parse_object(stored, path)
     value = generation.get("eos_token_id", contents.config.get("eos_token_id"))
     ids = value if isinstance(value, list) else [value]
     return tuple(i for i in ids if type(i) is int and 0 <= i < vocabulary)

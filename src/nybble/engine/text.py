@@ -11,7 +11,6 @@ vocabulary of 50,000.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.containers import open_contents
 from nybble.errors import FileFormatError, InputError
+from nybble.files.json_strict import read_object
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -282,15 +282,7 @@ def _add_template(tokenizer: Tokenizer, folder: Path, config: dict[str, Any]) ->
 
 def _read(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is no such file. Raises FileFormatError when it is broken."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileFormatError(f"cannot read {path}: {_line(error)}") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
+    return read_object(path) if path.exists() or path.is_symlink() else {}
 
 
 def _model_type(folder: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nybble.errors import NumericError
 from nybble.formats.base import Float32, Float64, Format
@@ -90,7 +91,7 @@ def _carried(tensor: QTensor, fmt: Format) -> QTensor | None:
     return QTensor(fmt, codes_there[tensor.codes], fmt.from_grid(scales, offsets), tensor.activations)
 
 
-def _moved_levels(levels: np.ndarray, other: np.ndarray) -> tuple[int, np.ndarray] | None:  # type: ignore[type-arg]
+def _moved_levels(levels: Float32, other: Float32) -> tuple[int, NDArray[np.uint8]] | None:
     """(d, code there of each code here) such that the other format has every level here plus d; None where none does."""
     for step in dict.fromkeys((0, int(other.min() - levels.min()))):
         order = np.argsort(other, kind="stable")

@@ -2,7 +2,8 @@
 
 A row of codes is a little-endian bit stream: code k lies in bits [k*bits, (k+1)*bits), least significant bit first, and
 the row is padded with zero bits to a whole byte. A weight is value = scale * (level[code] - offset), or where it is
-`shifted` scale * level[code] + offset, every step in float32; scale and offset are shared by blocks of `block` columns, the last block of a row may be short.
+`shifted` scale * level[code] + offset, every step in float32; scale and offset are shared by blocks of `block` columns,
+the last block of a row may be short.
 
 Arguments are taken as checked (arguments.py does it). Leaves out speed and threads: both are the extension's.
 """

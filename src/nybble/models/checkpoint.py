@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import FileFormatError, InputError, shown
-from nybble.files.json_strict import MAX_BYTES, parse_object, read_object
+from nybble.files.json_strict import MAX_BYTES, read_object
 from nybble.files.opening import read_bytes
 from nybble.files.safetensors import SafetensorsFile, file_sha256
 from nybble.models.config_check import check_config
@@ -101,11 +101,6 @@ def is_causal(config: dict[str, Any]) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it cannot be read, FileFormatError when it is no JSON object."""
     return read_object(path)
-
-
-def parse_json(content: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object from the bytes of a file. Raises FileFormatError, naming `path`, when they are no JSON object."""
-    return parse_object(content, path)
 
 
 def _weight_files(folder: Path) -> list[Path]:

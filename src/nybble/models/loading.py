@@ -30,25 +30,41 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     NumericError when a tensor holds NaN or infinity.
     """
     checkpoint = open_checkpoint(folder)
-    cls = _model_class(checkpoint.config)
+    return _load(checkpoint.config, checkpoint.folder, dtype, checkpoint.folder)
+
+
+def load_state(config: dict[str, Any], state: dict[str, torch.Tensor], dtype: torch.dtype, path: Path) -> PreTrainedModel:
+    """The model of a config.json and the tensors of its state, packed ones as nybble's own folders have them. `path` is what
+    errors name; they are those of `load_model`."""
+    kind = str(config.get("model_type"))
+    try:
+        built = AutoConfig.for_model(**config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"transformers has no model of {path}, model_type {kind!r}: {_first_line(error)}") from error
+    return _load(config, None, dtype, path, config=built, state_dict=state)
+
+
+def _load(facts: dict[str, Any], folder: Path | None, dtype: torch.dtype, path: Path, **arguments: Any) -> PreTrainedModel:
+    cls = _model_class(facts)
     with quiet():
         try:
             model, info = cls.from_pretrained(
-                checkpoint.folder,
+                folder,
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
+                **arguments,
             )
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-            raise InputError(f"transformers cannot load {checkpoint.folder}: {_first_line(error)}") from error
+            raise InputError(f"transformers cannot load {path}: {_first_line(error)}") from error
     missing = sorted(info.get("missing_keys", ()))
     mismatched = sorted(str(m[0]) for m in info.get("mismatched_keys", ()))
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:3])
         raise FileFormatError(
-            f"{checkpoint.folder} does not fill its model: {len(missing)} tensors missing, {len(mismatched)} of another "
+            f"{path} does not fill its model: {len(missing)} tensors missing, {len(mismatched)} of another "
             f"shape ({names}{', ...' if len(missing + mismatched) > 3 else ''}); is config.json of another model?"
         )
     check_finite(model)
@@ -195,6 +211,7 @@ __all__ = [
     "evaluating",
     "lay_out_for_half",
     "load_model",
+    "load_state",
     "load_tokenizer",
     "quiet",
     "warm_up",
