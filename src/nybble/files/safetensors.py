@@ -27,6 +27,8 @@ from nybble.errors import InputError, OutputError, shown
 from nybble.files.opening import open_file
 from nybble.files.safetensors_header import ALIGNMENT, DTYPES, MAX_HEADER_BYTES, Entry, broken, read_header
 
+__all__ = ["DTYPES", "MAX_HEADER_BYTES", "NAMES", "Entry", "SafetensorsFile", "file_sha256", "write"]
+
 NAMES = {name: tag for tag, name in reversed(DTYPES.items()) if tag not in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")}
 
 
