@@ -221,6 +221,7 @@ def _refuse(event: str, _: Any) -> None:
 
 def _main(source: str, target: str, seconds: str) -> None:
     answer: dict[str, str] = {}
+    size = 0
     try:
         with open_file(source) as (_, status):
             size = status.st_size
@@ -231,6 +232,10 @@ def _main(source: str, target: str, seconds: str) -> None:
     except NybbleError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     except MemoryError:
+        pass  # its traceback holds the memory: nothing can be said before that is gone
+    else:
+        answer = {"done": source}
+    if not answer:
         message = f"{source} needs more than {_memory(size) >> 20} MiB of memory to be read"
         answer = {"error": "FileFormatError", "message": message}
     print(json.dumps(answer))
