@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import FileFormatError, InputError, shown
-from nybble.files.json_strict import MAX_BYTES, read_object
+from nybble.errors import FileFormatError, InputError, OutputError, shown
+from nybble.files.json_strict import MAX_BYTES, parse_object, read_object
 from nybble.files.opening import read_bytes
 from nybble.files.safetensors import SafetensorsFile, file_sha256
 from nybble.models.config_check import check_config
@@ -30,6 +31,8 @@ EXTRAS = (
     "chat_template.jinja",
 )
 """Files that go along with the weights, whatever becomes of those."""
+LARGEST_EXTRA = 1 << 28
+"""Bytes of one of them: the largest tokenizers have a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,29 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, tuple(_weight_files(folder)))
 
 
+def unpickle_folder(folder: str | Path, target: str | Path) -> Path:
+    """Make, in an existing empty folder, a checkpoint with safetensors of one that has its weights in *.bin files; returns
+    `target`. Raises InputError and FileFormatError as `open_checkpoint` and `pickled_to_safetensors`, OutputError."""
+    from nybble.files.pickled import pickled_to_safetensors  # starts processes, which nothing else here needs
+
+    folder, target = Path(folder), Path(target)
+    config = read_bytes(folder / "config.json", MAX_BYTES)
+    check_config(parse_object(config, folder / "config.json"), folder / "config.json")
+    pickled_to_safetensors(folder, target)
+    for name in EXTRAS:
+        if (folder / name).is_file():
+            _copy(read_bytes(folder / name, LARGEST_EXTRA), target / name)
+    _copy(config, target / "config.json")
+    return target
+
+
+def _copy(content: bytes, path: Path) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def check_tokenizer(folder: str | Path) -> None:
     """Raise InputError when a folder has no tokenizer file at all: known before anything is loaded."""
     if not any((Path(folder) / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
@@ -92,7 +118,7 @@ def check_float(checkpoint: Checkpoint) -> None:
         raise InputError(f"{checkpoint.folder} is quantized already; give the float model that it was made from")
 
 
-def is_causal(config: dict[str, Any]) -> bool:
+def is_causal(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is of a model that predicts the next token."""
     name = (config.get("architectures") or [""])[0]
     return name.endswith(("ForCausalLM", "LMHeadModel"))
