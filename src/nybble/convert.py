@@ -117,15 +117,13 @@ def convert(
     NumericError naming the tensor; OutputError where the target cannot be written.
     """
     target = Path(target)
-    container = container or ("gguf" if target.suffix == ".gguf" else "nybble")
-    module = find_container(container)
-    chosen = check_options(module, options or {})
+    module = find_container(container_of(target, container))
     parsed = parse_method(method)
     if parsed.settings.calibrated:
         raise UsageError(f"method {parsed} reads calibration text; convert rounds without: nybble quantize --file {container}")
     if to is None and (keep or rules):
         raise UsageError("keep and rules say what else becomes of some weights; give the format of the others with --to")
-    _check_target(module, target, force)
+    chosen = check_target(module.NAME, target, force, options or {})
     contents = source if isinstance(source, Contents) else open_contents(source)
     plan = make_plan(describe_contents(contents), Recipe(to, str(parsed), tuple(keep), tuple(rules))) if to else None
     work = _Work(contents, module, plan, parsed, progress)
@@ -138,6 +136,25 @@ def convert(
     else:
         size = _write_file(module, target, result, chosen, work)
     return Conversion(target, module.NAME, tuple(work.steps[name] for name in (*result.packed, *result.floats)), size)
+
+
+def container_of(target: Path, container: str | None) -> str:
+    """The container's name where it is given, else what the target's name says: gguf for `.gguf`, nybble for a folder."""
+    return find_container(container or ("gguf" if target.suffix == ".gguf" else "nybble")).NAME
+
+
+def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
+    """Names of the weights of a float model that a container has as floats whatever the recipe says (tables of tokens in a GPTQ
+    folder): they need not be rounded first. Raises UsageError for a format that it cannot hold, before any work."""
+    module = find_container(container)
+    contents = open_contents(source)
+    found = []
+    for row in make_plan(describe_contents(contents), recipe).packed:
+        rows, columns = row.tensor.shape
+        specs = _specs(module, contents, row.tensor.name, parse_format(str(row.format)), (rows, columns))
+        if all(parse_format(spec).is_cast for spec in specs) and not parse_format(str(row.format)).is_cast:
+            found.append(row.tensor.name)
+    return found
 
 
 def check_options(module: ModuleType, options: Mapping[str, str]) -> dict[str, str]:
@@ -258,12 +275,7 @@ class _Work:
         """The format of a matrix in the container."""
         asked = self._asked(name)
         fmt = parse_format(asked)
-        specs: tuple[str, ...] = self.module.candidates(fmt, self.shape(name), kind_of(self.source, name))
-        if not specs:
-            raise UsageError(
-                f"{self.module.NAME} cannot hold {name} in {asked}: it holds {self.module.HOLDS}; "
-                "name one of them with --to, or another container with --file"
-            )
+        specs = _specs(self.module, self.source, name, fmt, self.shape(name))
         if len(specs) == 1 or str(fmt) in specs:
             return str(fmt) if str(fmt) in specs else specs[0]
         tensor = self._given(name, asked)  # codes that are there already: cheap to try
@@ -336,6 +348,17 @@ class _Work:
             self.progress(step.name, len(self.steps), len(self.specs) + len(self.tags))
 
 
+def _specs(module: ModuleType, contents: Contents, name: str, fmt: Format, shape: tuple[int, int]) -> tuple[str, ...]:
+    """A container's candidates for a weight. Raises UsageError where it has none."""
+    specs: tuple[str, ...] = module.candidates(fmt, shape, kind_of(contents, name))
+    if not specs:
+        raise UsageError(
+            f"{module.NAME} cannot hold {name} {list(shape)} in {fmt}: it holds {module.HOLDS}; "
+            "name one of them with --to, or another container with --file"
+        )
+    return specs
+
+
 def _spec_of(tag: str) -> str:
     return {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[tag]
 
@@ -385,15 +408,19 @@ def _write_file(module: ModuleType, target: Path, contents: Contents, options: M
     return size
 
 
-def _check_target(module: ModuleType, target: Path, force: bool) -> None:
-    """Raise OutputError, before any work, where the target cannot become what the container makes."""
+def check_target(container: str, target: Path, force: bool, options: Mapping[str, str]) -> dict[str, str]:
+    """The container's options with their defaults. Raises OutputError, before any work, where the target cannot become what the
+    container makes, and UsageError for an option that it has not."""
+    module = find_container(container)
+    chosen = check_options(module, options)
     if module.FOLDER:
         check_output(target, force, marker=MARKER)
-        return
+        return chosen
     if target.is_dir():
         raise OutputError(f"output {target} is a folder; {module.NAME} is one file: name it, for example {target / 'model.gguf'}")
     if target.exists() and not force:
         raise OutputError(f"output {target} exists; name another or add --force to replace it")
+    return chosen
 
 
 def _check_room(target: Path, size: int) -> None:

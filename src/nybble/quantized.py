@@ -25,6 +25,7 @@ from nybble.methods.steps.choose import Account
 from nybble.models.describe import TAGS, describe, sites
 from nybble.models.float_weights import float_weight
 from nybble.models.loading import DTYPES, load_model, load_state
+from nybble.models.loading import load_tokenizer as folder_tokenizer
 from nybble.models.packed import PackedWeight
 
 
@@ -169,6 +170,16 @@ def model_of(contents: Contents, dtype: torch.dtype = torch.float32) -> PreTrain
 def _torch(array: NDArray[Any], tag: str) -> torch.Tensor:
     values = torch.from_numpy(np.array(array))
     return values.view(torch.bfloat16) if tag == "BF16" else values
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a model folder, or of a file that holds one. Raises InputError when transformers cannot load it."""
+    if not Path(path).is_file():
+        return folder_tokenizer(path)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in open_contents(path).extras.items():
+            (Path(folder) / name).write_bytes(content)
+        return folder_tokenizer(folder)
 
 
 def float_weights(model: nn.Module) -> list[tuple[str, NDArray[np.float32]]]:

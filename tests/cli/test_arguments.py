@@ -69,7 +69,14 @@ def test_the_same_arguments_as_typer_reads(line: str) -> None:
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_can_be_read(name: str) -> None:
     """None of them has an option that typer alone can carry out: it would be slow to start."""
-    required = {"report": ["r"], "quantize": ["m", "-o", "out"], "inspect": ["m"], "eval": ["m"], "generate": ["m"]}
+    required = {
+        "report": ["r"],
+        "quantize": ["m", "-o", "out"],
+        "inspect": ["m"],
+        "convert": ["m", "out"],
+        "eval": ["m"],
+        "generate": ["m"],
+    }
     assert by_us(name, required.get(name, [])) is not None
 
 

@@ -31,7 +31,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int
     """
     depth = max(header.count("\n") for header in headers) + 1
     heads = [[""] * (depth - len(lines)) + lines for lines in (header.split("\n") for header in headers)]
-    cells = [[_clean(cell) for cell in row] for row in rows]
+    cells = [[clean(cell) for cell in row] for row in rows]
     widths = [max(map(len, [*heads[i], *(row[i] for row in cells)])) for i in range(len(headers))]
 
     def line(row: Sequence[str]) -> str:
@@ -51,7 +51,7 @@ def table_width(columns: Sequence[Sequence[str]], headers: Sequence[str]) -> int
     return sum(max(map(len, column)) + 2 for column in lines)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Names come from files: keep escape sequences off the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
@@ -79,11 +79,11 @@ class ProgressLine:
 
     def update(self, head: str, what: str, fraction: float) -> None:
         """`head` names the piece (a variant), `what` the step, `fraction` how much of everything is done."""
-        description = _clean(f"{head}: {what}" if head else what)
+        description = clean(f"{head}: {what}" if head else what)
         self._bar.update(self._task, completed=fraction, description=description)
         if not self._console.is_terminal and head and head != self._shown:
             self._shown = head
-            self._console.print(f"{fraction:4.0%}  {_clean(head)}", markup=False)
+            self._console.print(f"{fraction:4.0%}  {clean(head)}", markup=False)
 
     def remark(self, text: str) -> None:
         """A line that stays."""

@@ -50,10 +50,12 @@ def run(
 ) -> None:
     """Load, cut the text into windows, score."""
     from nybble.calibrate.windows import encode, read_text, token_windows
+    from nybble.containers import open_contents
+    from nybble.containers.contents import check_texts
     from nybble.demo.text import evaluation_text
     from nybble.errors import InputError, UsageError, unknown_name
     from nybble.evaluate.compare import check_scoring
-    from nybble.models.checkpoint import check_float, check_tokenizer, is_causal, open_checkpoint
+    from nybble.models.checkpoint import check_float, is_causal, open_checkpoint
     from nybble.models.hub import resolve
 
     check_scoring(protocol, window, windows, stride)
@@ -63,10 +65,10 @@ def run(
         raise UsageError("--layers compares with the float model; name it with --reference")
     content = read_text(text) if text else evaluation_text()
     folder = resolve(model, download=True)
-    checkpoint = open_checkpoint(folder)
-    if not is_causal(checkpoint.config):
+    contents = open_contents(folder)
+    if not is_causal(contents.config):
         raise InputError(f"{folder} does not predict the next token, so it has no perplexity; give a causal language model")
-    check_tokenizer(folder)
+    check_texts(contents)
     float_folder = resolve(reference, download=True) if reference is not None else None
     if float_folder is not None:
         check_float(open_checkpoint(float_folder))
@@ -75,8 +77,8 @@ def run(
         bar.update("", "loading the model", 0.0)
         from nybble.evaluate.activations import evaluate_activations
         from nybble.models.inputs import count_outliers, outlier_note
-        from nybble.models.loading import load_tokenizer, window_length
-        from nybble.quantized import load
+        from nybble.models.loading import window_length
+        from nybble.quantized import load, load_tokenizer
 
         quantized = load(folder)
         length = window_length(quantized.model(), window)
@@ -85,8 +87,9 @@ def run(
         float_model = load(float_folder).model() if float_folder is not None else None
         if float_folder is not None and not _made_from(quantized.provenance, float_folder):
             notes.append(f"{reference} is not the model that {model} was made from")
-        packed = "quantization_config" in checkpoint.config
-        modes = CHOICES[activations or _default_modes(folder, packed, quantized.weight_bytes * cut.scored_tokens, notes)]
+        modes = CHOICES[
+            activations or _default_modes(folder, bool(contents.packed), quantized.weight_bytes * cut.scored_tokens, notes)
+        ]
         outliers = count_outliers(quantized.model())
         found = evaluate_activations(
             folder,

@@ -202,10 +202,11 @@ def run(
     """Check, load, write."""
     if runtime == "engine":  # numpy's own threads are not used here, and cost 10 ms to start
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from nybble.containers import open_contents
     from nybble.engine.decoder import CACHES
     from nybble.engine.stopping import StopStrings
     from nybble.errors import InputError, UsageError, unknown_name
-    from nybble.models.checkpoint import is_causal, open_checkpoint
+    from nybble.models.checkpoint import is_causal
     from nybble.models.hub import resolve
 
     if runtime not in ("engine", "torch"):
@@ -232,7 +233,7 @@ def run(
         raise unknown_name("cache", cache, CACHES)
     prompts = _prompts(prompt, prompt_option, prompt_file, batch)
     folder = resolve(model, download=True)
-    if not is_causal(open_checkpoint(folder).config):
+    if not is_causal(open_contents(folder).config):
         raise InputError(f"{folder} does not predict the next token, so it cannot continue a text")
     if runtime == "torch":
         typer.echo(_with_torch(folder, prompts[0], settings))
@@ -328,12 +329,12 @@ def _shown(text: str) -> str:
 
 def _with_torch(folder: Path, prompt: str, settings: Settings) -> str:
     """Prompt and continuation by transformers."""
-    from nybble.models.checkpoint import check_tokenizer
+    from nybble.containers import open_contents
+    from nybble.containers.contents import check_texts
 
-    check_tokenizer(folder)
+    check_texts(open_contents(folder))
     from nybble.evaluate.speed import greedy_text, top_k_text
-    from nybble.models.loading import load_tokenizer
-    from nybble.quantized import load
+    from nybble.quantized import load, load_tokenizer
 
     tokenizer, model = load_tokenizer(folder), load(folder).model()
     if settings.sampling.greedy:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from nybble.cli import console
 
-if TYPE_CHECKING:
-    from nybble.formats.activations import Activations
-
 NAME = "inspect"
-HELP = """Show the tensors, formats, bits and provenance of a model folder or safetensors file.
+HELP = """Show the tensors, formats, bits and provenance of a model folder, nybble's or another tool's, or of a GGUF file.
 
 \b
 nybble inspect model-int4
+nybble inspect model.gguf
 nybble inspect model-int4/model.safetensors --json
 """
 
+LONGEST = 8
+"""Values that a list of the container's own facts may have to be shown."""
+WIDEST = 120
+"""Characters of one of them."""
+_KINDS = {"nybble": "packed by nybble", "float": "floats"}
+
 
 def run(
-    path: Annotated[Path, typer.Argument(help="Model folder or .safetensors file.")],
+    path: Annotated[Path, typer.Argument(help="Model folder, .gguf or .safetensors file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON on standard output.")] = False,
 ) -> None:
     """Read headers only."""
@@ -41,56 +46,87 @@ def run(
     for key, value in facts["provenance"].items():
         if value not in (None, [], "", {}):
             text = ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else value
-            typer.echo(f"{key:16} {text}")
+            typer.echo(console.clean(f"{key:16} {text}"))
+    for key, value in _flat(facts["details"]):
+        typer.echo(console.clean(f"{key:16} {value}"))
 
 
 def _inspect(path: Path) -> dict[str, Any]:
-    from nybble.files.native import is_native, open_native
-    from nybble.files.safetensors import SafetensorsFile
-    from nybble.formats import parse_format
-    from nybble.models.checkpoint import open_checkpoint
+    if path.is_file() and path.name.endswith(".safetensors"):
+        from nybble.files.native import is_native
 
-    packed: dict[str, tuple[str, tuple[int, int]]] = {}
-    schemes: dict[str, Activations] = {}
-    provenance: dict[str, Any] = {}
-    folder = path.parent if path.name == "model.safetensors" else path
-    if path.is_dir() or (path.name == "model.safetensors" and is_native(folder)):
-        checkpoint = open_checkpoint(folder)
-        files = [SafetensorsFile(file) for file in checkpoint.files]
-        kind = f"{checkpoint.config.get('model_type')} model"
-        if is_native(folder):
-            native = open_native(folder)
-            packed, schemes, provenance = native.packed, native.schemes, native.provenance
-            kind = f"{kind}, packed by nybble"
-    else:
-        files, kind = [SafetensorsFile(path)], "safetensors file"
-    parts = {f"{name}.{suffix}" for name, (spec, shape) in packed.items() for suffix in parse_format(spec).storage(shape)}
-    parts |= {f"{name}.{suffix}" for name, scheme in schemes.items() for suffix in scheme.stored()}
+        if path.name != "model.safetensors" or not is_native(path.parent):
+            return _safetensors(path)
+        path = path.parent
+    import numpy as np
+
+    from nybble.containers import open_contents
+    from nybble.files.safetensors import DTYPES
+    from nybble.formats import parse_format
+
+    contents = open_contents(path)
     tensors = []
-    for name, (spec, shape) in packed.items():
-        fmt = parse_format(spec)
-        scheme = schemes.get(name)
-        tensors.append(_row(name, spec, shape, (fmt.stored_bits(shape) + (scheme.bits if scheme else 0)) // 8))
+    for name, (spec, shape) in contents.packed.items():
+        scheme = contents.schemes.get(name)
+        tensors.append(_row(name, spec, shape, (parse_format(spec).stored_bits(shape) + (scheme.bits if scheme else 0)) // 8))
         tensors[-1]["activations"] = str(scheme) if scheme else None
-    for file in files:
-        provenance = provenance or _json(file.metadata.get("nybble"))
-        tensors += [_row(n, e.dtype, e.shape, e.bytes) for n, e in file.entries.items() if n not in parts]
-    weights, data = sum(t["weights"] for t in tensors), sum(t["bytes"] for t in tensors)
+    for name, (tag, size) in contents.floats.items():
+        tensors.append(_row(name, tag, size, _product(size) * np.dtype(DTYPES[tag]).itemsize))
     return {
-        "kind": kind,
-        "tensors": tensors,
-        "weights": weights,
-        "bytes": data,
-        "bits_per_weight": 8 * data / max(1, weights),
-        "file_bytes": sum(f.path.stat().st_size for f in files),
-        "provenance": provenance,
+        "kind": f"{contents.config.get('model_type')} model, {_KINDS.get(contents.container, contents.container)}",
+        "container": contents.container,
+        **_sums(tensors),
+        "file_bytes": contents.bytes,
+        "provenance": dict(contents.provenance),
+        "details": _plain(contents.details),
     }
 
 
-def _row(name: str, spec: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
+def _safetensors(path: Path) -> dict[str, Any]:
+    from nybble.files.safetensors import SafetensorsFile
+
+    file = SafetensorsFile(path)
+    tensors = [_row(name, entry.dtype, entry.shape, entry.bytes) for name, entry in file.entries.items()]
+    size, provenance = path.stat().st_size, _json(file.metadata.get("nybble"))
+    return {"kind": "safetensors file", **_sums(tensors), "file_bytes": size, "provenance": provenance, "details": {}}
+
+
+def _sums(tensors: list[dict[str, Any]]) -> dict[str, Any]:
+    weights, data = sum(t["weights"] for t in tensors), sum(t["bytes"] for t in tensors)
+    return {"tensors": tensors, "weights": weights, "bytes": data, "bits_per_weight": 8 * data / max(1, weights)}
+
+
+def _flat(details: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """(dotted key, value in one line) of what the container says of itself."""
+    for key, value in details.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value not in (None, "", []):
+            text = " ".join(str(value).split())
+            yield f"{prefix}{key}", text if len(text) <= WIDEST else f"{text[:WIDEST]}... ({len(text)} characters)"
+
+
+def _plain(value: Any) -> Any:
+    """What a container says of itself as JSON has it; long lists by their length."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    items = value.tolist() if hasattr(value, "tolist") else list(value) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(items, list):
+        return [_plain(each) for each in items] if len(items) <= LONGEST else f"{len(items)} values"
+    return items
+
+
+def _product(shape: Iterable[int]) -> int:
     weights = 1
     for n in shape:
         weights *= n
+    return weights
+
+
+def _row(name: str, spec: str, shape: tuple[int, ...], size: int) -> dict[str, Any]:
+    weights = _product(shape)
     bits = 8 * size / max(1, weights)
     return {"name": name, "format": spec, "shape": list(shape), "weights": weights, "bytes": size, "bits_per_weight": bits}
 

@@ -9,22 +9,25 @@ import typer
 
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.cli import console
+from nybble.cli.convert import show as show_conversion
 
 NAME = "quantize"
-HELP = """Quantize a model and save it as a folder that nybble.load and, after `import nybble`, transformers open.
+HELP = """Quantize a model and save it as a folder that nybble.load and, after `import nybble`, transformers open, or for others.
 
 \b
 nybble quantize MODEL --to int4:g64 -o model-int4
 nybble quantize MODEL --to int4:g64 --method gptq --calibrate text.txt -o model-int4
 nybble quantize MODEL --to int3:g64 --method best:tune=0 --calibrate text.txt -o model-int3
+nybble quantize MODEL --to q4_k_m --method gptq --calibrate text.txt -o model.gguf         for llama.cpp
+nybble quantize MODEL --to int4:g128 --method gptq --calibrate text.txt --file gptq -o model-gptq
 nybble methods                                    what there is, and the options of each
 """
 
 
 def run(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="Format: NAME[:tensor|channel|gN][,asym][,dq].")] = "int4:g64",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make, or file (model.gguf).")],
+    to: Annotated[str, typer.Option(help="Format NAME[:tensor|channel|gN][,asym][,dq], or mix (q4_k_m).")] = "int4:g64",
     method: Annotated[str, typer.Option(help="Method: rtn, gptq, best, ...; see nybble methods.")] = "rtn",
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
@@ -42,26 +45,33 @@ def run(
         bool, typer.Option("--by-document", help="Cut each window from one document, not from all joined.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Which windows are drawn, and whatever else a method draws.")] = 0,
+    file: Annotated[
+        str | None, typer.Option(help="Container: nybble, gguf, gptq, awq, compressed-tensors, bitsandbytes; default by name.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the container. Repeatable.")] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
 ) -> None:
     """Check that the output can be written, quantize, save."""
     from nybble.calibrate.source import read_calibration
-    from nybble.files.folder import check_output
-    from nybble.formats import parse_format
+    from nybble.convert import check_target, container_of, convert, stay_float
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
+    from nybble.plan import Recipe, check_format
 
-    parse_format(to)
+    check_format(to)
+    container = container_of(output, file)
+    options = console.parse_options(option or ())
     wanted = parse_method(method)
     if wanted.settings.calibrated and calibrate is None:
         raise wanted.lacks_calibration()
-    check_output(output, force, marker="config.json")
+    check_target(container, output, force, options)
     calibration = None if calibrate is None else read_calibration(calibrate)
     rules = console.parse_rules(rule or ())
     folder = resolve(model, download=True)
     check_float(open_checkpoint(folder))
+    keep = [*(keep or ()), *stay_float(folder, container, Recipe(to, method, tuple(keep or ()), tuple(rules)))]
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.run import quantize
@@ -71,7 +81,7 @@ def run(
             to,
             method,
             calibration,
-            keep or (),
+            keep,
             rules,
             progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
             windows=windows,
@@ -79,9 +89,15 @@ def run(
             seed=seed,
             packing=not by_document,
         )
-        quantized.save(output, force)
+        if container != "nybble":
+            written = convert(quantized.contents(), output, container, options=options, force=force)
+        else:
+            quantized.save(output, force)
     if layers and quantized.accounts:
         show_accounts(quantized.accounts)
+    if container != "nybble":
+        show_conversion(written, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
+        return
     size = (output / "model.safetensors").stat().st_size
     before = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     bits = quantized.provenance["bits_per_weight"]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.errors import FileFormatError
+from nybble.errors import FileFormatError, InputError
 from nybble.files.opening import read_bytes
 from nybble.formats import QTensor
 from nybble.formats.activations import Activations
@@ -79,6 +79,12 @@ def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
     if tag not in (*FLOAT_TAGS, "F64"):
         raise FileFormatError(f"tensor {name!r} is {tag}, where floats (F32, F16, BF16) belong")
     return values.astype(np.float32)
+
+
+def check_texts(contents: Contents) -> None:
+    """Raise InputError for a model without a tokenizer: known before anything is loaded."""
+    if not any(name in contents.extras for name in ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")):
+        raise InputError(f"{contents.path} has no tokenizer (tokenizer.json); copy it there from the model's source")
 
 
 def read_extras(folder: Path) -> dict[str, bytes]:

@@ -21,19 +21,18 @@ from typing import Any
 import numpy as np
 
 from nybble import kernels
+from nybble.containers import open_contents
 from nybble.engine import Decoder
 from nybble.evaluate import memory
 from nybble.evaluate.clock import seconds_since_start
-from nybble.files.native import is_native, open_native
 from nybble.formats import parse_format
 
 BATCH = 8
 
 
 def has_codes(folder: str | Path) -> bool:
-    """Whether any weight of a folder is stored as codes, so that the engine rounds activations."""
-    folder = Path(folder)
-    return is_native(folder) and any(not parse_format(spec).is_cast for spec, _ in open_native(folder).packed.values())
+    """Whether any weight of a model is stored as codes, so that the engine rounds activations."""
+    return any(not parse_format(spec).is_cast for spec, _ in open_contents(folder).packed.values())
 
 
 def measure_decoding(
