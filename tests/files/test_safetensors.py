@@ -1,4 +1,4 @@
-"""The safetensors reader and writer: against the official library, golden bytes, and a catalogue of hostile files."""
+"""The safetensors reader and writer: against the official library and golden bytes. Hostile files: tests/hostile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,88 +105,21 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert SafetensorsFile(path).sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-OK = entry()
-HOSTILE: dict[str, bytes] = {
-    "empty file": b"",
-    "seven bytes": b"\x00" * 7,
-    "no header": struct.pack("<Q", 0),
-    "header of 2^63 bytes": assemble({"a": OK}, b"1234", 1 << 63),
-    "header of 2^64 - 1 bytes": assemble({"a": OK}, b"1234", (1 << 64) - 1),
-    "header one byte over the limit": assemble({"a": OK}, b"1234", 100_000_001),
-    "header longer than the file": assemble({"a": OK}, b"", 1000),
-    "header is not JSON": assemble(b"{]", b"1234"),
-    "header is not UTF-8": assemble(b'{"\xff":1}'),
-    "header is a list": assemble([1]),
-    "header is a number": assemble(b"12"),
-    "header begins with a space": assemble(b" " + json.dumps({"a": OK}).encode(), b"1234"),
-    "header has two values": assemble(b"{}{}"),
-    "header ends early": assemble(b'{"a":'),
-    "duplicate tensor": assemble(b'{"a":%b,"a":%b}' % ((json.dumps(OK).encode(),) * 2), b"1234"),
-    "duplicate field": assemble(b'{"a":{"dtype":"U8","dtype":"U8","shape":[4],"data_offsets":[0,4]}}', b"1234"),
-    "overlap": assemble({"a": OK, "b": entry(offsets=[2, 6])}, b"123456"),
-    "the same bytes twice": assemble({"a": OK, "b": OK}, b"1234"),
-    "hole at the start": assemble({"a": entry(offsets=[2, 6])}, b"123456"),
-    "hole in the middle": assemble({"a": OK, "b": entry(offsets=[5, 9])}, b"123456789"),
-    "bytes after the end": assemble({"a": OK}, b"12345"),
-    "data missing": assemble({"a": OK}, b"123"),
-    "no tensors but data": assemble({}, b"1"),
-    "offsets reversed": assemble({"a": entry(offsets=[4, 0])}, b"1234"),
-    "negative offset": assemble({"a": entry(offsets=[-4, 0])}, b"1234"),
-    "three offsets": assemble({"a": entry(offsets=[0, 4, 4])}, b"1234"),
-    "offsets are text": assemble({"a": entry(offsets=["0", "4"])}, b"1234"),
-    "offsets are floats": assemble({"a": entry(offsets=[0.0, 4.0])}, b"1234"),
-    "offsets beyond 64 bits": assemble({"a": entry(shape=[2**70], offsets=[0, 2**70])}, b"1234"),
-    "offsets missing": assemble({"a": {"dtype": "U8", "shape": [4]}}, b"1234"),
-    "negative shape": assemble({"a": entry(shape=[-2, -2])}, b"1234"),
-    "minus zero": assemble(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'),
-    "shape overflows": assemble({"a": entry(shape=[2**32, 2**32, 4])}, b"1234"),
-    "shape overflows to the right size": assemble({"a": entry(shape=[2**63, 2, 4])}, b""),
-    "shape too small": assemble({"a": entry(shape=[3])}, b"1234"),
-    "shape is a number": assemble({"a": entry(shape=4)}, b"1234"),
-    "shape is text": assemble({"a": entry(shape="4")}, b"1234"),
-    "shape holds true": assemble({"a": entry(shape=[4, True])}, b"1234"),
-    "shape holds null": assemble({"a": entry(shape=[None])}, b"1234"),
-    "shape holds NaN": assemble(b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,4]}}', b"1234"),
-    "ten thousand digits": assemble(b'{"a":{"dtype":"U8","shape":[%b],"data_offsets":[0,4]}}' % (b"9" * 10_000), b"1234"),
-    "unknown dtype": assemble({"a": entry(dtype="Q4")}, b"1234"),
-    "dtype in lower case": assemble({"a": entry(dtype="u8")}, b"1234"),
-    "dtype is a list": assemble({"a": entry(dtype=["U8"])}, b"1234"),
-    "dtype is null": assemble({"a": entry(dtype=None)}, b"1234"),
-    "wrong dtype for the bytes": assemble({"a": entry(dtype="F32")}, b"1234"),
-    "tensor is a list": assemble({"a": [1]}),
-    "tensor is text": assemble({"a": "dtype"}),
-    "tensor is null": assemble({"a": None}),
-    "metadata holds a number": assemble({"__metadata__": {"k": 1}}),
-    "metadata is a list": assemble({"__metadata__": ["k"]}),
-    "metadata is a tensor": assemble({"__metadata__": OK}, b"1234"),
-    "deep JSON": assemble(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    "deep JSON in objects": assemble(b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
-    "half a surrogate pair in a name": assemble(b'{"\\ud800":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', b"1234"),
-    "half a surrogate pair in the metadata": assemble(b'{"__metadata__":{"k":"\\udfff"}}'),
-    "NaN in a field nobody reads": assemble(b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4],"x":NaN}}', b"1234"),
-    "a line break in a name": assemble(b'{"a\n":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', b"1234"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_are_refused_fast(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(HOSTILE[name])
-    started = time.perf_counter()
-    with pytest.raises(FileFormatError) as caught:
-        SafetensorsFile(path)
-    assert time.perf_counter() - started < 20
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 1000
-
-
-def test_the_limit_of_the_header_holds_for_files_that_are_long_enough(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(struct.pack("<Q", 100_000_001))
-    os.truncate(path, 200_000_000)  # sparse: takes no space
-    with pytest.raises(FileFormatError, match=r"claims 100000001 bytes, 199999992 follow \(limit 100000000\)"):
-        SafetensorsFile(path)
+def test_white_space_order_and_escapes_change_nothing(tmp_path: Path) -> None:
+    """Headers as writers leave them take a short way; the same JSON written in other ways takes the long one."""
+    plain = b'{"a b":{"dtype":"U8","shape":[2,2],"data_offsets":[0,4]},"c":{"dtype":"F16","shape":[],"data_offsets":[4,6]}}'
+    other = (
+        b'{ "c" :\n{"data_offsets":[ 4 ,6],"shape" : [],"dtype":"\\u00461\\u0036"} ,'
+        b'"\\u0061 b":{"shape":[2,\t2],"dtype":"U8","data_offsets":[0,4]}} \n'
+    )
+    files = []
+    for i, header in enumerate((plain, other)):
+        (tmp_path / f"{i}.safetensors").write_bytes(assemble(header, b"123456"))
+        files.append(SafetensorsFile(tmp_path / f"{i}.safetensors"))
+        with safetensors.safe_open(tmp_path / f"{i}.safetensors", framework="numpy") as official:
+            assert sorted(official.keys()) == ["a b", "c"]
+    assert files[0].entries == files[1].entries
+    assert all(np.array_equal(files[0].read(name), files[1].read(name)) for name in ("a b", "c"))
 
 
 def test_a_file_cut_at_any_byte_is_refused(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ DTYPES = {
     "C64": "complex64",
 }
 ITEM_BYTES = {tag: np.dtype(name).itemsize for tag, name in DTYPES.items()}
-MAX_TENSORS = 200_000
+MAX_TENSORS = 100_000
 MAX_METADATA = 65_536
 """Keys of the metadata."""
 MAX_NAME = 1024
@@ -60,6 +60,12 @@ MAX_ENTRY = 4096
 """Characters of one tensor's entry."""
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_WHOLE = r"(?:0|[1-9][0-9]{0,14})"
+_PLAIN = re.compile(
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"([A-Z0-9_]+)",'
+    rf'"shape":\[((?:{_WHOLE}(?:,{_WHOLE})*)?)\],"data_offsets":\[({_WHOLE}),({_WHOLE})\]\}}'
+)
+"""A tensor as writers leave it, without white space or escapes: read three times as fast as the JSON that it also is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +118,33 @@ class _Header:
         """The whole header."""
         metadata: dict[str, str] | None = None
         entries: dict[str, Entry] = {}
-        for key in self.members():
-            if key == "__metadata__":
-                if metadata is not None:
-                    raise broken(self.path, "key '__metadata__' stands twice in its header")
+        more = self.begins_object()
+        while more:
+            plain = _PLAIN.match(self.text, self.at)
+            if plain is not None:
+                key, dtype, shape, start, end = plain.groups()
+                self.at = plain.end()
+                sizes = tuple(map(int, shape.split(","))) if shape else ()
+                self.add(entries, key, make_entry(self.path, key, dtype, sizes, int(start), int(end)))
+            elif (key := self.key()) != "__metadata__":
+                self.add(entries, key, self.entry(key))
+            elif metadata is None:
                 metadata = self.strings()
-                continue
-            if key in entries:
-                raise broken(self.path, f"key {shown(key)} stands twice in its header")
-            if len(entries) == MAX_TENSORS:
-                raise broken(self.path, f"it has more than {MAX_TENSORS} tensors")
-            check_name(self.path, key)
-            entries[key] = self.entry(key)
+            else:
+                raise broken(self.path, "key '__metadata__' stands twice in its header")
+            more = self.goes_on()
         if self.text[self.at :].strip(" \t\n\r"):
             raise ValueError(f"more text after its end, at character {self.at}")
         return metadata or {}, entries
+
+    def add(self, entries: dict[str, Entry], name: str, entry: Entry) -> None:
+        """Take a tensor in."""
+        check_name(self.path, name)
+        if name in entries:
+            raise broken(self.path, f"key {shown(name)} stands twice in its header")
+        if len(entries) == MAX_TENSORS:
+            raise broken(self.path, f"it has more than {MAX_TENSORS} tensors")
+        entries[name] = entry
 
     def skip(self) -> str:
         """Go to the next character that is no white space; it, or nothing at the end."""
@@ -149,27 +167,37 @@ class _Header:
             value.encode("utf-8")  # half a surrogate pair: Python lets it pass, UTF-8 has no such thing
         return value
 
-    def members(self) -> Any:
-        """The keys of an object, one at a time; whoever takes them takes the value in between."""
+    def key(self) -> str:
+        """Take a key and its colon."""
+        key = self.string()
+        self.expect(":")
+        return key
+
+    def begins_object(self) -> bool:
+        """Take the brace before an object's first key; False when it has none, and the other brace is taken too."""
         self.expect("{")
+        if self.skip() != "}":
+            return True
+        self.at += 1
+        return False
+
+    def goes_on(self) -> bool:
+        """Take the comma before an object's next key; False when it ends, and its brace is taken."""
         if self.skip() == "}":
             self.at += 1
-            return
-        while True:
-            key = self.string()
-            self.expect(":")
-            yield key
-            if self.skip() == "}":
-                self.at += 1
-                return
-            self.expect(",")
+            return False
+        self.expect(",")
+        self.skip()
+        return True
 
     def strings(self) -> dict[str, str]:
         """Take an object of strings."""
         if self.skip() != "{":
             raise broken(self.path, "its metadata is not a map of strings")
         found: dict[str, str] = {}
-        for key in self.members():
+        more = self.begins_object()
+        while more:
+            key = self.key()
             if self.skip() != '"':
                 raise broken(self.path, "its metadata is not a map of strings")
             if key in found:
@@ -177,6 +205,7 @@ class _Header:
             if len(found) == MAX_METADATA:
                 raise broken(self.path, f"its metadata has more than {MAX_METADATA} keys")
             found[key] = self.string()
+            more = self.goes_on()
         return found
 
     def entry(self, name: str) -> Entry:
@@ -188,7 +217,14 @@ class _Header:
             raise broken(self.path, f"the entry of tensor {shown(name)} does not end within {MAX_ENTRY} characters")
         value = self.decoder.decode(self.text[self.at : end])
         self.at = end
-        return make_entry(self.path, name, value)
+        if value.keys() != {"dtype", "shape", "data_offsets"}:
+            raise broken(self.path, f"tensor {shown(name)} has not dtype, shape and data_offsets, or more than these")
+        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+            raise broken(self.path, f"tensor {shown(name)} has a shape that is no list, or data_offsets that are not two numbers")
+        if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+            raise broken(self.path, f"tensor {shown(name)} has a shape or offset that is not a non-negative integer")
+        return make_entry(self.path, name, dtype, tuple(shape), *offsets)
 
 
 def check_name(path: Path, name: str) -> None:
@@ -197,29 +233,22 @@ def check_name(path: Path, name: str) -> None:
         raise broken(path, f"tensor name {shown(name)} has characters that cannot be printed")
     if len(name) > MAX_NAME:
         raise broken(path, f"tensor name {shown(name)} has {len(name)} characters (limit {MAX_NAME})")
-    if name.startswith("/") or ".." in re.split(r"[/\\]", name):
+    if name.startswith("/") or (".." in name and ".." in re.split(r"[/\\]", name)):
         raise broken(path, f"tensor name {shown(name)} is a path that leaves its folder")
 
 
-def make_entry(path: Path, name: str, value: dict[str, Any]) -> Entry:
-    """The entry of a tensor from its JSON object. Raises FileFormatError for one that cannot be."""
-    if value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise broken(path, f"tensor {shown(name)} has not dtype, shape and data_offsets, or more than these")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+def make_entry(path: Path, name: str, dtype: Any, shape: tuple[int, ...], start: int, end: int) -> Entry:
+    """The entry of a tensor from what its JSON says; numbers are from 0 on. Raises FileFormatError for one that cannot be."""
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise broken(path, f"tensor {shown(name)} has unknown dtype {shown(dtype)}")
-    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        raise broken(path, f"tensor {shown(name)} has a shape that is no list, or data_offsets that are not two numbers")
-    if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
-        raise broken(path, f"tensor {shown(name)} has a shape or offset that is not a non-negative integer")
     if len(shape) > MAX_DIMENSIONS:
         raise broken(path, f"tensor {shown(name)} has {len(shape)} dimensions (limit {MAX_DIMENSIONS})")
-    start, end = offsets
-    if math.prod(max(n, 1) for n in shape) * ITEM_BYTES[dtype] > MAX_SIZE:  # also where a dimension of 0 hides the others
-        raise broken(path, f"tensor {shown(name)} {dtype} {shown(shape)} is larger than {MAX_SIZE} bytes")
-    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise broken(path, f"tensor {shown(name)} {dtype} {shown(shape)} does not fill its {end - start} bytes")
-    return Entry(sys.intern(dtype), tuple(shape), start, end)
+    size = math.prod(shape) * ITEM_BYTES[dtype]
+    if max(size, math.prod(n or 1 for n in shape)) > MAX_SIZE:  # also where a dimension of 0 hides the others
+        raise broken(path, f"tensor {shown(name)} {dtype} {shown(list(shape))} is larger than {MAX_SIZE} bytes")
+    if end - start != size:
+        raise broken(path, f"tensor {shown(name)} {dtype} {shown(list(shape))} does not fill its {end - start} bytes")
+    return Entry(sys.intern(dtype), shape, start, end)
 
 
 def _no_constant(word: str) -> None:
