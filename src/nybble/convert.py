@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,8 @@ Progress = Callable[[str, int, int], None]
 """Called with (name of the tensor, tensors done, tensors in all)."""
 KINDS = {"token table": "embedding", "position table": "positions", "head": "head"}
 MARKER = "config.json"
+SAME = 1e-5
+"""Squared error, as a share, below which a format counts as another one with its scales rounded: half of a half's last place."""
 ROOM = 1 << 20
 """Bytes beside the tensors that an output may take: headers, a tokenizer."""
 
@@ -151,7 +154,7 @@ def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
     found = []
     for row in make_plan(describe_contents(contents), recipe).packed:
         rows, columns = row.tensor.shape
-        specs = _specs(module, contents, row.tensor.name, parse_format(str(row.format)), (rows, columns))
+        specs = _specs(module, contents, row.tensor.name, parse_format(str(row.format)), (rows, columns), asked=True)
         if all(parse_format(spec).is_cast for spec in specs) and not parse_format(str(row.format)).is_cast:
             found.append(row.tensor.name)
     return found
@@ -275,11 +278,16 @@ class _Work:
         """The format of a matrix in the container."""
         asked = self._asked(name)
         fmt = parse_format(asked)
-        specs = _specs(self.module, self.source, name, fmt, self.shape(name))
+        specs = _specs(self.module, self.source, name, fmt, self.shape(name), asked=name in self.wanted)
         if len(specs) == 1 or str(fmt) in specs:
             return str(fmt) if str(fmt) in specs else specs[0]
         tensor = self._given(name, asked)  # codes that are there already: cheap to try
-        return next((spec for spec in specs if recast(tensor, parse_format(spec)).exact), specs[0])
+        return next((spec for spec in specs if self._is_exact(tensor, parse_format(spec))), specs[0])
+
+    def _is_exact(self, tensor: QTensor, fmt: Format) -> bool:
+        done = recast(tensor, fmt)
+        settled = self._settled(done.tensor)
+        return done.exact and (settled is done.tensor or compare(tensor.decode(), settled).exact)
 
     def _asked(self, name: str) -> str:
         """The format that a matrix should have before the container has its say."""
@@ -308,26 +316,27 @@ class _Work:
 
     def _matrix(self, name: str) -> QTensor:
         spec = self.specs[name]
-        fmt, asked = parse_format(spec), self._asked(name)
+        fmt, asked = parse_format(spec), parse_format(self._asked(name))
         if name in self.source.packed:
-            tensor = self.source.read_packed(name)
-            before, old = str(tensor.format), tensor
-            if asked not in (before, spec):
-                tensor = recast(tensor, parse_format(asked)).tensor
-            done = recast(tensor, fmt)
-            if tensor is not old:
-                done = compare(old.decode(), done.tensor)
+            given = self.source.read_packed(name)
+            before = str(given.format)
+            tensor = recast(given, asked).tensor if asked != fmt else given
+            made = self._settled(recast(tensor, fmt).tensor)
+            done = Recast(made, True, 0.0, 0.0) if made is given else compare(given.decode(), made)
         else:
             before, weight = self.source.floats[name][0], self._weight(name)
             if fmt.is_cast:
                 made = self._round(name, weight, fmt)
             else:
-                made = self._round(name, weight, parse_format(asked))
-                made = recast(made, fmt).tensor
-            done = compare(weight, made) if spec != _spec_of(before) else Recast(made, True, 0.0, 0.0)
+                made = self._settled(recast(self._round(name, weight, asked), fmt).tensor)
+            done = Recast(made, True, 0.0, 0.0) if spec == _spec_of(before) else compare(weight, made)
         self._note(Step(name, self.shape(name), before, spec, done.exact, done.error, done.energy))
-        self.digests[name] = digest_of(done.tensor)
-        return done.tensor
+        self.digests[name] = digest_of(made)
+        return made
+
+    def _settled(self, tensor: QTensor) -> QTensor:
+        """A tensor whose params the container can store, where that is coarser than the format."""
+        return self.module.settle(tensor) if hasattr(self.module, "settle") else tensor
 
     def _float(self, name: str) -> NDArray[Any]:
         tag, values = self.source.floats[name][0], self.source.read_float(name)
@@ -348,15 +357,29 @@ class _Work:
             self.progress(step.name, len(self.steps), len(self.specs) + len(self.tags))
 
 
-def _specs(module: ModuleType, contents: Contents, name: str, fmt: Format, shape: tuple[int, int]) -> tuple[str, ...]:
-    """A container's candidates for a weight. Raises UsageError where it has none."""
+def _specs(
+    module: ModuleType, contents: Contents, name: str, fmt: Format, shape: tuple[int, int], asked: bool
+) -> tuple[str, ...]:
+    """A container's candidates for a weight. Raises UsageError where it has none, and where a format was `asked` for by name and
+    the candidates are others: a near miss is for what is there already."""
     specs: tuple[str, ...] = module.candidates(fmt, shape, kind_of(contents, name))
+    if asked:
+        specs = tuple(spec for spec in specs if _holds(parse_format(spec), fmt))
     if not specs:
         raise UsageError(
             f"{module.NAME} cannot hold {name} {list(shape)} in {fmt}: it holds {module.HOLDS}; "
             "name one of them with --to, or another container with --file"
         )
     return specs
+
+
+@cache
+def _holds(there: Format, fmt: Format) -> bool:
+    """Whether a format holds what another does, but for the rounding of scales to its storage type. Found out on a sample."""
+    if there.is_cast or there == fmt:
+        return True
+    sample = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
+    return recast(QTensor(fmt, *fmt.round(sample)), there).error < SAME
 
 
 def _spec_of(tag: str) -> str:

@@ -151,4 +151,4 @@ assert "pydantic" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("nybble: error: cannot read /no/such/folder")
+    assert done.stderr.startswith("nybble: error: no model /no/such/folder")

@@ -145,7 +145,7 @@ def test_the_plan_is_what_quantize_carries_out(packed: Path, nybble_command: Run
 
 def test_inspect_of_a_float_folder(nybble_command: Run) -> None:
     facts = json.loads(succeed(nybble_command("inspect", demo.model_folder(), "--json")))
-    assert facts["kind"] == "gpt2 model"
+    assert facts["kind"] == "gpt2 model, floats"
     assert {tensor["format"] for tensor in facts["tensors"]} == {"F16"}
     assert facts["bits_per_weight"] == 16
     assert facts["bytes"] < facts["file_bytes"] < facts["bytes"] + 20_000

@@ -11,6 +11,8 @@ A container module has
     candidates    (format, shape, kind) -> specs of the formats in which it may hold what `format` holds, the smallest exact
                   one first; empty: it cannot. `kind` is one of KINDS. A floating spec (fp32, fp16, bf16) means that the
                   tensor stands there as plain floats
+    settle        optional: (tensor) -> the tensor with params as the container stores them, where that is coarser than the
+                  format (scales in float16); itself where nothing changes
     write         (path, contents, options) -> None: into an empty folder, or to a file; every packed tensor is in a format
                   that `candidates` named. The caller makes it appear under its final name only when it reads back equal
 
@@ -62,7 +64,7 @@ def open_contents(path: str | Path) -> Contents:
         if stated or _module(name).recognizes(path):
             contents = _module(name).read(path)
             return contents
-    raise InputError(f"{path} is no model that nybble reads: {', '.join(container_names())}")
+    raise InputError(f"{path} is no model that nybble reads; give a folder with config.json and *.safetensors, or a .gguf file")
 
 
 def _module(name: str) -> Any:
