@@ -70,6 +70,36 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Gguf:
+    """How GGUF files hold an architecture, as llama.cpp reads them. Names are those of modules: `.weight` and `.bias` follow."""
+
+    architecture: str
+    """Value of `general.architecture`, and the first part of its keys."""
+    classes: dict[str, str]
+    """`model_type` -> class of transformers; a file that does not say which of several it is, is of the first."""
+    inside: dict[str, str]
+    """Name inside a block -> name behind `blk.{i}.`, in the order in which they are written."""
+    before: dict[str, str]
+    """Full name -> name, of what stands before the blocks."""
+    after: dict[str, str]
+    """The same of what stands behind them."""
+    inner: str
+    """Key of config.json for the width between the feed-forward matrices; null there: four times the model's width."""
+    activations: tuple[str, ...]
+    """What llama.cpp computes there; the first is what a file stands for."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Keys of its own -> those of config.json, beside the ones that follow from `Decoding`."""
+    shared_heads: bool = False
+    """Key-value heads may be fewer than query heads, and a head's dimensions are stated."""
+    rotated: frozenset[str] = frozenset()
+    """Modules inside a block whose rows stand in pairs of neighbours, since llama.cpp turns these together."""
+    window: bool = False
+    """A sliding window is stated. Where it is not, a model that has one is refused."""
+    requires: tuple[tuple[str, object], ...] = ()
+    """(key, value) that config.json must not contradict."""
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One architecture's table. Names are those of Hugging Face parameters, without `.weight`."""
 
@@ -89,6 +119,8 @@ class Architecture:
     """What holds where config.json does not say."""
     decoding: Decoding | None = None
     """How it runs; None: the engine cannot decode it."""
+    gguf: Gguf | None = None
+    """How GGUF holds it; None: llama.cpp does not run it, or not the same way."""
 
     def block_of(self, name: str) -> int | None:
         """Index of the block that holds a parameter, None outside the blocks."""

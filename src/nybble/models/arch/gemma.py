@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from nybble.models.arch import Architecture
-from nybble.models.arch.llama import DECODING, LINEARS, OTHERS
+from nybble.models.arch.llama import DECODING, GGUF, LINEARS, OTHERS
 
 GEMMA = replace(
     DECODING,
@@ -11,6 +11,15 @@ GEMMA = replace(
     scaled_embedding=True,
     activation=("hidden_activation", "hidden_act"),
     window_always=False,
+)
+GEMMA_GGUF = replace(
+    GGUF,
+    architecture="gemma",
+    classes={"gemma": "GemmaForCausalLM"},
+    activations=("gelu_pytorch_tanh", "gelu"),  # gelu here: what Gemma's first configurations call the tanh form
+    rotated=frozenset(),
+    window=False,
+    requires=(("tie_word_embeddings", True),),
 )
 
 TABLE = Architecture(
@@ -21,4 +30,5 @@ TABLE = Architecture(
     tied=("lm_head", "model.embed_tokens"),
     ties_by_default=True,
     decoding=GEMMA,
+    gguf=GEMMA_GGUF,
 )

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from nybble.models.arch import Architecture
-from nybble.models.arch.gemma import GEMMA
-from nybble.models.arch.llama import LINEARS, OTHERS
+from nybble.models.arch.gemma import GEMMA, GEMMA_GGUF
+from nybble.models.arch.llama import INSIDE, LINEARS, OTHERS
 
 TABLE = Architecture(
     model_types=("gemma2",),
@@ -22,5 +22,18 @@ TABLE = Architecture(
         score_cap="attn_logit_softcapping",
         logit_cap="final_logit_softcapping",
         window_alternates=True,
+    ),
+    gguf=replace(
+        GEMMA_GGUF,
+        architecture="gemma2",
+        classes={"gemma2": "Gemma2ForCausalLM"},
+        inside={
+            **INSIDE,
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        keys={"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
+        window=True,
     ),
 )

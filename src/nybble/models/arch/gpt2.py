@@ -1,6 +1,6 @@
 """GPT-2 (`model_type` gpt2): learned positions, Conv1D matrices stored [in, out], head tied to the token table."""
 
-from nybble.models.arch import Architecture, Decoding
+from nybble.models.arch import Architecture, Decoding, Gguf
 
 TABLE = Architecture(
     model_types=("gpt2",),
@@ -31,5 +31,21 @@ TABLE = Architecture(
         context="n_positions",
         positions="transformer.wpe",
         requires=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)),
+    ),
+    gguf=Gguf(
+        architecture="gpt2",
+        classes={"gpt2": "GPT2LMHeadModel"},
+        inside={
+            "ln_1": "attn_norm",
+            "attn.c_attn": "attn_qkv",
+            "attn.c_proj": "attn_output",
+            "ln_2": "ffn_norm",
+            "mlp.c_fc": "ffn_up",
+            "mlp.c_proj": "ffn_down",
+        },
+        before={"transformer.wte": "token_embd", "transformer.wpe": "position_embd"},
+        after={"transformer.ln_f": "output_norm", "lm_head": "output"},
+        inner="n_inner",
+        activations=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     ),
 )

@@ -1,6 +1,6 @@
-"""Llama and the families that run the same block: Mistral (sliding window), Qwen2 (biases on query, key and value)."""
+"""Llama, and Mistral, which runs the same block with a sliding window."""
 
-from nybble.models.arch import Architecture, Decoding
+from nybble.models.arch import Architecture, Decoding, Gguf
 
 LINEARS = {
     "self_attn.q_proj": "query",
@@ -24,12 +24,36 @@ DECODING = Decoding(
     activation=("hidden_act",),
     window_always=True,
 )
+INSIDE = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GGUF = Gguf(
+    architecture="llama",
+    classes={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
+    inside=INSIDE,
+    before={"model.embed_tokens": "token_embd"},
+    after={"model.norm": "output_norm", "lm_head": "output"},
+    inner="intermediate_size",
+    activations=("silu", "swish"),
+    shared_heads=True,
+    rotated=frozenset({"self_attn.q_proj", "self_attn.k_proj"}),
+    window=True,
+)
 
 TABLE = Architecture(
-    model_types=("llama", "mistral", "qwen2"),
+    model_types=("llama", "mistral"),
     block="model.layers.{i}",
     linears=LINEARS,
     others=OTHERS,
     tied=("lm_head", "model.embed_tokens"),
     decoding=DECODING,
+    gguf=GGUF,
 )

@@ -1,6 +1,6 @@
 """Phi 1, 1.5 and 2: attention and feed-forward side by side on one LayerNorm, part of each head rotated, biases everywhere."""
 
-from nybble.models.arch import Architecture, Decoding
+from nybble.models.arch import Architecture, Decoding, Gguf
 
 TABLE = Architecture(
     model_types=("phi",),
@@ -26,5 +26,22 @@ TABLE = Architecture(
         eps="layer_norm_eps",
         activation=("hidden_act",),
         requires=(("qk_layernorm", False),),
+    ),
+    gguf=Gguf(
+        architecture="phi2",
+        classes={"phi": "PhiForCausalLM"},
+        inside={
+            "input_layernorm": "attn_norm",
+            "self_attn.q_proj": "attn_q",
+            "self_attn.k_proj": "attn_k",
+            "self_attn.v_proj": "attn_v",
+            "self_attn.dense": "attn_output",
+            "mlp.fc1": "ffn_up",
+            "mlp.fc2": "ffn_down",
+        },
+        before={"model.embed_tokens": "token_embd"},
+        after={"model.final_layernorm": "output_norm", "lm_head": "output"},
+        inner="intermediate_size",
+        activations=("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
     ),
 )
