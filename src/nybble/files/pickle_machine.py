@@ -23,7 +23,7 @@ from typing import Any
 
 from nybble.errors import shown
 
-MOST_BYTES = 32 << 20
+MOST_BYTES = 16 << 20
 """Of data.pkl: about 120 for each tensor."""
 MOST_DIMENSIONS = 32
 
