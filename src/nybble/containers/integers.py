@@ -1,0 +1,111 @@
+"""Whole-number weights as GPTQ, AWQ and compressed-tensors share them: scales for groups of columns, with or without zero points.
+
+    value = scale * (code - zero)        zero 2^(bits-1) everywhere where a file has no zero points
+
+is the formula of our own `int` formats, so codes and zero points go over as they are. Two things may differ. A group may be
+larger than ours go (512): its scale is then written for each of our groups in it. And a scale may be stored in another type:
+a group of ours has a float16, a row a float32; a scale that is not exactly that is refused, never rounded in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.errors import NumericError
+from nybble.formats import Format, QTensor, parse_format
+from nybble.formats.spec import GROUPS
+
+WHOLE_ROW = -1
+"""A group size that stands for all columns."""
+
+
+def spec_of(bits: int, group: int, columns: int, asymmetric: bool) -> str:
+    """The spec of our format for groups of `group` columns. Raises ValueError for a group that is none of ours and holds none
+    of them in whole numbers."""
+    inner = next((size for size in sorted(GROUPS, reverse=True) if group % size == 0), None)
+    if group == WHOLE_ROW or (group >= columns and group not in GROUPS):
+        suffix = "channel"
+    elif inner is None:
+        raise ValueError(
+            f"groups of {group} columns; nybble has groups of {', '.join(map(str, GROUPS))}, their multiples, and whole rows"
+        )
+    else:
+        suffix = f"g{inner}"
+    return f"int{bits}:{suffix}{',asym' if asymmetric else ''}"
+
+
+def tensor_of(
+    fmt: Format, codes: NDArray[np.uint8], group: int, scale: NDArray[np.float32], zero: NDArray[np.uint8] | None
+) -> QTensor:
+    """A weight from codes [N, K], scale float32 [N, groups] and zero points [N, groups] of a file's own groups.
+
+    Raises ValueError for a scale that the format does not hold exactly.
+    """
+    _, blocks = fmt.blocks((codes.shape[0], codes.shape[1]))
+    times = 1 if group == WHOLE_ROW else max(1, group // fmt.block(codes.shape[1]))
+    wide = np.repeat(scale, times, axis=1)[:, :blocks]
+    zeros = None if zero is None else np.repeat(zero, times, axis=1)[:, :blocks].astype(np.float64)
+    params = fmt.from_grid(wide.astype(np.float64), zeros)
+    kept = params["scale"].astype(np.float32)
+    if not np.array_equal(kept, wide):
+        row, block = (int(i) for i in np.argwhere(kept != wide)[0])
+        raise ValueError(
+            f"scale {wide[row, block]:.9g} of row {row}, group {block} is no {params['scale'].dtype}, "
+            f"in which {fmt} keeps its scales"
+        )
+    return QTensor(fmt, codes, params)
+
+
+def grid_of(tensor: QTensor) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """(scale float32, zero uint8) [N, groups] each; the zero point of a symmetric format is the middle of its codes."""
+    scale, offset = tensor.format.grid(tensor.params)
+    zero = np.full_like(scale, 2 ** (tensor.format.bits - 1)) if offset is None else offset
+    return scale, zero.astype(np.uint8)
+
+
+def halves(scale: NDArray[np.float32], name: str, container: str) -> NDArray[np.float16]:
+    """Scales as float16. Raises NumericError for one that is none, which no group's is and a row's may be."""
+    with np.errstate(over="ignore"):
+        stored = scale.astype(np.float16)
+    bad = stored.astype(np.float32) != scale
+    if bad.any():
+        row = int(np.argwhere(bad)[0][0])
+        raise NumericError(
+            f"{name}: scale {scale[bad][0]:.9g} of row {row} is no float16, as {container} stores it; use groups (:g128)"
+        )
+    return stored
+
+
+def settled(tensor: QTensor) -> QTensor:
+    """A tensor as a container keeps it that stores every scale as float16 and says nothing of inputs: the same codes, scales
+    rounded to float16 where they are wider. Raises NumericError for a scale that overflows."""
+    scale = tensor.params["scale"]
+    with np.errstate(over="ignore"):
+        rounded = scale.astype(np.float16).astype(scale.dtype)
+    if not np.isfinite(rounded).all():
+        raise NumericError(f"scale {np.abs(scale).max():.5g} exceeds 65504, the largest float16; keep this tensor in float")
+    return QTensor(tensor.format, tensor.codes, {**tensor.params, "scale": rounded})
+
+
+def nearest(fmt: Format, shape: tuple[int, int], bits: Sequence[int], groups: Sequence[int], channel: bool) -> str | None:
+    """The spec of the whole-number format with these bits and groups that is closest to `fmt` from above, for a weight [N, K]:
+    the same values where `fmt` is of whole numbers. None where no group divides the columns, or no format has as many bits.
+
+    Blocks of 16 become groups of 32, which one more bit makes up for.
+    """
+    columns = shape[1]
+    block = fmt.block(columns)
+    one_block = fmt.granularity in ("tensor", "channel")
+    needed = fmt.bits + (block < min(GROUPS) and not one_block)
+    wide = min((b for b in bits if b >= needed), default=None)
+    if wide is None:
+        return None
+    asymmetric = fmt.shifted or bool(getattr(fmt, "asymmetric", False))
+    option = ",asym" if asymmetric else ""
+    if one_block and channel:
+        return f"int{wide}:channel{option}"
+    fitting = [size for size in groups if columns % size == 0 and size <= max(block, min(groups))]
+    return str(parse_format(f"int{wide}:g{max(fitting)}{option}")) if fitting else None

@@ -1,0 +1,53 @@
+"""Codes of a few bits in 32-bit words, the first in the lowest bits, without gaps between them or between words: how GPTQ, AWQ
+and compressed-tensors lay down codes and zero points, along one axis of a matrix or the other.
+
+It is the order that rows of our own containers have in bytes (`kernels.pack`), taken four bytes at a time, so those kernels do
+the work. At 3 bits 32 codes fill 3 words, and one may lie across two of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.formats import parse_format
+
+Codes = NDArray[np.uint8]
+Words = NDArray[np.int32]
+WORD_BITS = 32
+ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
+"""AWQ: the i-th nibble of a word holds this one of its eight columns."""
+
+
+def word_count(columns: int, bits: int) -> int:
+    """Words that a row of `columns` codes takes."""
+    return -(-columns * bits // WORD_BITS)
+
+
+def pack_words(codes: Codes, bits: int) -> Words:
+    """int32 [R, word_count(C, bits)] of codes uint8 [R, C], packed along their rows; what is over in the last word is 0."""
+    packed = parse_format(f"int{bits}:channel").to_storage(codes, {})["codes"]
+    rows, size = packed.shape
+    padded = np.zeros((rows, 4 * word_count(codes.shape[1], bits)), np.uint8)
+    padded[:, :size] = packed
+    return padded.view("<i4").astype(np.int32, copy=False)
+
+
+def unpack_words(words: Words, columns: int, bits: int) -> Codes:
+    """uint8 [R, columns]: undoes `pack_words`. Raises ValueError for another number of words."""
+    if words.shape[1] != word_count(columns, bits):
+        raise ValueError(f"{words.shape[1]} words a row; {columns} codes of {bits} bits take {word_count(columns, bits)}")
+    fmt = parse_format(f"int{bits}:channel")
+    size = fmt.storage((1, columns))["codes"][1][1]
+    packed = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)[:, :size]
+    return fmt.from_storage({"codes": packed}, (words.shape[0], columns))[0].astype(np.uint8, copy=False)
+
+
+def interleave(codes: Codes) -> Codes:
+    """Codes [R, C], C a multiple of 8, with the columns of each eight in the order in which AWQ packs them."""
+    return np.ascontiguousarray(codes.reshape(len(codes), -1, len(ORDER))[:, :, ORDER]).reshape(codes.shape)
+
+
+def deinterleave(codes: Codes) -> Codes:
+    """Undoes `interleave`."""
+    return np.ascontiguousarray(codes.reshape(len(codes), -1, len(ORDER))[:, :, np.argsort(ORDER)]).reshape(codes.shape)
