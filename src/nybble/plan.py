@@ -36,8 +36,7 @@ class Recipe:
     """(pattern, format spec) for some weights; the last match wins, `keep` before all."""
 
     def __post_init__(self) -> None:
-        found = find_mix(self.format)
-        object.__setattr__(self, "format", found[0] if found else str(parse_format(self.format)))
+        object.__setattr__(self, "format", canonical(self.format))
         object.__setattr__(self, "rules", tuple((p, str(parse_format(f))) for p, f in self.rules))
         object.__setattr__(self, "keep", tuple(self.keep))
 
@@ -124,15 +123,17 @@ def make_plan(tensors: Sequence[TensorInfo], recipe: Recipe) -> Plan:
     return Plan(recipe, rows)
 
 
-def check_format(spec: str) -> None:
-    """Raise UsageError unless a spec names a format or a mix."""
-    if find_mix(spec) is None:
-        try:
-            parse_format(spec)
-        except UsageError as error:
-            if "unknown format" not in str(error):
-                raise
-            raise unknown_name("format", spec.partition(":")[0], [*format_names(), *mix_names()]) from error
+def canonical(spec: str) -> str:
+    """A format's spec or a mix's name as it is written. Raises UsageError for what is neither."""
+    found = find_mix(spec)
+    if found is not None:
+        return found[0]
+    try:
+        return str(parse_format(spec))
+    except UsageError as error:
+        if "unknown format" not in str(error):
+            raise
+        raise unknown_name("format", spec.partition(":")[0], [*format_names(), *mix_names()]) from error
 
 
 def _decide(tensor: TensorInfo, recipe: Recipe, tensors: Sequence[TensorInfo]) -> PlanRow:

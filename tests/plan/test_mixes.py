@@ -11,7 +11,7 @@ import pytest
 from nybble.errors import UsageError
 from nybble.mixes import MIXES, find_mix, mix_names
 from nybble.models.info import TensorInfo
-from nybble.plan import Recipe, check_format, make_plan
+from nybble.plan import Recipe, canonical, make_plan
 
 
 def info(
@@ -102,6 +102,7 @@ def test_names() -> None:
     assert len(mix_names()) == len(MIXES)
     assert find_mix("q4_0") is None
     assert find_mix("Q4_K_M") is not None
-    check_format("q4_k_m")
-    with pytest.raises(UsageError, match="did you mean .*q4_k_m"):
-        check_format("q4_k_n")
+    assert canonical(" Q4_K_M") == "q4_k_m"
+    assert canonical("int4") == "int4:channel"
+    with pytest.raises(UsageError, match=r"did you mean .*q4_k_m"):
+        canonical("q4_k_n")

@@ -35,9 +35,9 @@ def run(
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
-    from nybble.plan import Recipe, check_format, make_plan
+    from nybble.plan import Recipe, canonical, make_plan
 
-    check_format(to)
+    canonical(to)
     recipe = Recipe(to, str(parse_method(method)), tuple(keep or ()), tuple(console.parse_rules(rule or ())))
     folder = resolve(model, download=True) if model is not None else Path(model_folder())
     checkpoint = open_checkpoint(folder)

@@ -58,9 +58,9 @@ def run(
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
-    from nybble.plan import Recipe, check_format
+    from nybble.plan import Recipe, canonical
 
-    check_format(to)
+    canonical(to)
     container = container_of(output, file)
     options = console.parse_options(option or ())
     wanted = parse_method(method)

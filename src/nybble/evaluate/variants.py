@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nybble.errors import UsageError
-from nybble.formats import format_names, parse_format
+from nybble.formats import format_names
 from nybble.methods import parse_method
+from nybble.mixes import mix_names
+from nybble.plan import CAST_TAGS, canonical
 
 DEFAULT = (
     "fp32",
@@ -38,6 +40,15 @@ ALL = (
     "fp4:g64,dq",
     "int3:g64+rtn:mse",
     "int2:g64+rtn:mse",
+    "q8_0",
+    "mix:q6_k",
+    "q5_k_m",
+    "q4_k_m",
+    "mix:q4_0",
+    "mix:iq4_xs",
+    "mxfp4",
+    "q3_k_m",
+    "mix:q2_k",
 )
 SETS = {"default": DEFAULT, "fast": FAST, "all": ALL}
 BASELINE = "fp32"
@@ -45,7 +56,7 @@ BASELINE = "fp32"
 
 @dataclass(frozen=True)
 class Variant:
-    """A format and the method that chooses its codes."""
+    """A format or mix, and the method that chooses the codes."""
 
     format: str
     method: str
@@ -57,12 +68,12 @@ class Variant:
 def parse_variant(spec: str) -> Variant:
     """One variant. Raises UsageError for an unknown format or method."""
     fmt, plus, method = spec.strip().partition("+")
-    parsed = parse_format(fmt)
-    if parsed.is_cast:
+    name = canonical(fmt)
+    if name in CAST_TAGS:
         if plus:
-            raise UsageError(f"variant {spec!r}: {parsed} is a cast and takes no method")
-        return Variant(str(parsed), "cast")
-    return Variant(str(parsed), str(parse_method(method)) if plus else "rtn")
+            raise UsageError(f"variant {spec!r}: {name} is a cast and takes no method")
+        return Variant(name, "cast")
+    return Variant(name, str(parse_method(method)) if plus else "rtn")
 
 
 def parse_variants(spec: str) -> list[Variant]:
@@ -80,5 +91,5 @@ def parse_variants(spec: str) -> list[Variant]:
         elif part.strip():
             parts.append(part.strip())
     if not parts:
-        raise UsageError(f"no variants; name some ({', '.join(format_names())}) or one of {', '.join(SETS)}")
+        raise UsageError(f"no variants; name some ({', '.join((*format_names(), *mix_names()))}) or one of {', '.join(SETS)}")
     return list(dict.fromkeys([parse_variant(BASELINE), *map(parse_variant, parts)]))
