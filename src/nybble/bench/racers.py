@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from nybble.bench.adapters import FILES, OURS, adapter_of
 from nybble.errors import UsageError, unknown_name
 from nybble.formats import format_names, parse_format
+from nybble.plan import canonical
 
 DEFAULT_FORMATS = "f32,f16,int8,int4:g32,nf4:g64"
 ALIASES = {"f32": "fp32", "f16": "fp16"}
@@ -90,7 +91,7 @@ def _peer(runtime: str, label: str) -> Racer:
 
 
 def _full(spec: str) -> str:
-    return str(parse_format(ALIASES.get(spec, spec)))
+    return canonical(ALIASES.get(spec, spec))
 
 
 def _is_format(spec: str) -> bool:

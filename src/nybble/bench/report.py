@@ -11,6 +11,7 @@ from nybble.bench.racers import Racer
 from nybble.bench.standing import Race
 from nybble.bench.workload import BATCHES
 from nybble.formats import parse_format
+from nybble.mixes import find_mix
 from nybble.report.figures import format_megabytes, format_percent, format_significant
 
 
@@ -135,7 +136,8 @@ def _colour(racer: Racer) -> str:
     """Name in the palette: the family of nybble's formats, one grey for peers."""
     if racer.runtime != OURS:
         return "phase1"
-    fmt = parse_format(racer.format)
+    mix = find_mix(racer.format)
+    fmt = parse_format(mix[1].default if mix else racer.format)
     if fmt.is_cast:
         return "float"
     if fmt.bits == 8:

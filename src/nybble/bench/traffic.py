@@ -6,35 +6,28 @@ so far, at the average length of the timed text. Not counted: activations, which
 
 from __future__ import annotations
 
-import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from nybble.files.native import is_native, open_native
-from nybble.files.safetensors import SafetensorsFile
+from nybble.containers import open_contents
+from nybble.files.safetensors_header import ITEM_BYTES
 from nybble.formats import parse_format
 from nybble.models.arch import table_for
 
 LOOKED_UP = ("token table", "position table")
 
 
-def bytes_of_folder(folder: Path) -> tuple[int, int]:
-    """(bytes of all tensors, bytes of weights that one token reads) of a folder that nybble wrote, or of a float one.
+def bytes_of_folder(path: Path) -> tuple[int, int]:
+    """(bytes of all tensors, bytes of weights that one token reads) of a model that any container holds.
 
     Raises FileFormatError for a broken file.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    packed = open_native(folder).packed if is_native(folder) else {}
-    owner = {f"{name}.{part}": name for name, (spec, shape) in packed.items() for part in parse_format(spec).storage(shape)}
-    sizes: dict[str, int] = defaultdict(int)
-    rows: dict[str, int] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for stored, entry in SafetensorsFile(path).entries.items():
-            name = owner.get(stored, stored)
-            sizes[name] += entry.bytes
-            rows[name] = packed[name][1][0] if name in packed else (entry.shape or (1,))[0]
+    contents = open_contents(path)
+    config = contents.config
+    sizes = {name: parse_format(spec).stored_bits(shape) // 8 for name, (spec, shape) in contents.packed.items()}
+    sizes |= {name: math.prod(shape) * ITEM_BYTES[tag] for name, (tag, shape) in contents.floats.items()}
+    rows = {name: (shape or (1,))[0] for name, (_, shape) in (*contents.packed.items(), *contents.floats.items())}
     roles = {name: _role(str(config.get("model_type")), name) for name in sizes}
     tied = bool(config.get("tie_word_embeddings", True)) or "head" not in roles.values()
     read = {
