@@ -63,6 +63,8 @@ def read_all(path: Path) -> None:
         found.read_packed(name)
     for name in found.floats:
         found.read_float(name)
+    for name in found.extras:
+        assert found.extras[name] is not None  # made when it is asked for
 
 
 def _read_safetensors(path: Path) -> None:

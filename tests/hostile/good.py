@@ -144,8 +144,18 @@ FORMS = {U8: "<B", I8: "<b", U16: "<H", I16: "<h", U32: "<I", I32: "<i", F32: "<
 """GGUF's types of values, and how struct calls them."""
 
 
-def text(value: str | bytes, length: int | None = None) -> bytes:
+@dataclass(frozen=True)
+class Lie:
+    """A text with another length than it says."""
+
+    value: bytes
+    length: int
+
+
+def text(value: str | bytes | Lie, length: int | None = None) -> bytes:
     """A text of a GGUF file, with a length that may lie."""
+    if isinstance(value, Lie):
+        value, length = value.value, value.length
     encoded = value.encode() if isinstance(value, str) else value
     return struct.pack("<Q", len(encoded) if length is None else length) + encoded
 
@@ -176,7 +186,7 @@ def array(kind: int, values: Sequence[Any] | bytes, count: int | None = None) ->
 class Tensor:
     """A tensor of a GGUF file; every field may lie."""
 
-    name: str | bytes = "w"
+    name: str | bytes | Lie = "w"
     dims: tuple[int, ...] = (4,)
     """Innermost first, as they stand."""
     type: int = 0
@@ -210,3 +220,92 @@ def gguf(
     n_tensors, n_keys = (given if given is not None else len(found) for given, found in zip(counts, (tensors, keys), strict=True))
     head = magic + struct.pack("<IQQ", version, n_tensors, n_keys) + b"".join(keys) + infos
     return head + bytes(-len(head) % alignment) + data + after
+
+
+ARCHITECTURE_KEYS: dict[str, tuple[int, Any]] = {
+    "llama.context_length": (U32, 32),
+    "llama.embedding_length": (U32, 64),
+    "llama.block_count": (U32, 1),
+    "llama.feed_forward_length": (U32, 64),
+    "llama.attention.head_count": (U32, 2),
+    "llama.attention.head_count_kv": (U32, 1),
+    "llama.attention.layer_norm_rms_epsilon": (F32, 1e-5),
+    "llama.rope.dimension_count": (U32, 32),
+    "llama.rope.freq_base": (F32, 10000.0),
+    "llama.vocab_size": (U32, 48),
+}
+TOKENS = ["<unk>", "<s>", "</s>", *(f"\u2581t{i}" for i in range(45))]
+TOKENIZER_KEYS: dict[str, tuple[int, Any]] = {
+    "tokenizer.ggml.model": (STRING, "llama"),
+    "tokenizer.ggml.pre": (STRING, "default"),
+    "tokenizer.ggml.tokens": (ARRAY, array(STRING, TOKENS)),
+    "tokenizer.ggml.scores": (ARRAY, array(F32, [float(-i) for i in range(48)])),
+    "tokenizer.ggml.token_type": (ARRAY, array(I32, [2, 3, 3, *[1] * 45])),
+    "tokenizer.ggml.bos_token_id": (U32, 1),
+    "tokenizer.ggml.eos_token_id": (U32, 2),
+    "tokenizer.ggml.unknown_token_id": (U32, 0),
+    "tokenizer.ggml.add_bos_token": (BOOL, 1),
+}
+MODEL_KEYS: dict[str, tuple[int, Any]] = {
+    "general.architecture": (STRING, "llama"),
+    "general.name": (STRING, "small"),
+    "general.file_type": (U32, 2),
+    "general.quantization_version": (U32, 2),
+    **ARCHITECTURE_KEYS,
+    **TOKENIZER_KEYS,
+}
+SIZES = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 20: (32, 18), 30: (1, 2),
+         39: (32, 17)}  # fmt: skip
+"""Number of a ggml type -> (weights, bytes) of a block."""
+MODEL_TENSORS: dict[str, tuple[tuple[int, ...], int]] = {
+    "token_embd.weight": ((64, 48), 8),
+    "blk.0.attn_norm.weight": ((64,), 0),
+    "blk.0.attn_q.weight": ((64, 64), 2),
+    "blk.0.attn_k.weight": ((64, 32), 6),
+    "blk.0.attn_v.weight": ((64, 32), 7),
+    "blk.0.attn_output.weight": ((64, 64), 20),
+    "blk.0.ffn_norm.weight": ((64,), 0),
+    "blk.0.ffn_gate.weight": ((64, 64), 3),
+    "blk.0.ffn_up.weight": ((64, 64), 39),
+    "blk.0.ffn_down.weight": ((64, 64), 1),
+    "output_norm.weight": ((64,), 0),
+    "output.weight": ((64, 48), 30),
+}
+"""Name -> (dimensions, innermost first; type)."""
+
+
+def tensor_bytes(dims: Sequence[int], kind: int) -> bytes:
+    """Data of a tensor: scales of 0.01 and codes that differ."""
+    weights_, size = SIZES[kind]
+    blocks = int(np.prod(dims)) // weights_
+    if weights_ == 1:
+        dtype = {0: np.float32, 1: np.float16, 30: np.uint16}[kind]
+        return np.full(blocks, 0x3C24 if kind == 30 else 0.01, dtype).tobytes()
+    block = np.arange(size, dtype=np.uint8)
+    if kind == 39:
+        block[0] = 120
+    else:
+        block[:2] = np.array([0.01], np.float16).view(np.uint8)
+    if kind in (3, 7):
+        block[2:4] = np.array([-0.08], np.float16).view(np.uint8)
+    return block.tobytes() * blocks
+
+
+def model_tensors(**changes: Any) -> list[Tensor]:
+    """The tensors of the small model; a change is None (left out), or fields of a Tensor (names with _ for .)."""
+    found = []
+    for name, (dims, kind) in MODEL_TENSORS.items():
+        change = changes.get(name.replace(".", "_"), {})
+        if change is not None:
+            fields = {"name": name, "dims": dims, "type": kind, **change}
+            if "data" not in fields:
+                fields["data"] = tensor_bytes(fields["dims"], fields["type"])
+            found.append(Tensor(**fields))
+    return found
+
+
+def gguf_model(keys: Mapping[str, tuple[int, Any] | None] | None = None, tensors: Sequence[Tensor] | None = None) -> bytes:
+    """A small model as a GGUF file, with keys changed, added, or left out (None)."""
+    merged = {**MODEL_KEYS, **(keys or {})}
+    encoded = [key(name, *value) for name, value in merged.items() if value is not None]
+    return gguf(encoded, model_tensors() if tensors is None else tensors)

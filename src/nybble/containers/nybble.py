@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents, read_extras, write_extras
 from nybble.files.native import config_entry, is_native, open_native, write_native
@@ -31,10 +28,6 @@ def read(path: Path) -> Contents:
     parts = {f"{name}.{suffix}" for name, (spec, shape) in native.packed.items() for suffix in parse_format(spec).storage(shape)}
     parts |= {f"{name}.{suffix}" for name, scheme in native.schemes.items() for suffix in scheme.stored()}
 
-    def stored(name: str) -> dict[str, NDArray[Any]]:
-        spec, shape = native.packed[name]
-        return {suffix: native.file.read(f"{name}.{suffix}") for suffix in parse_format(spec).storage(shape)}
-
     return Contents(
         container=NAME,
         path=path,
@@ -43,7 +36,7 @@ def read(path: Path) -> Contents:
         floats={name: (e.dtype, e.shape) for name, e in native.file.entries.items() if name not in parts},
         read_packed=native.read,
         read_float=native.file.read,
-        read_stored=stored,
+        read_stored=native.stored,
         schemes=native.schemes,
         extras=read_extras(path),
         provenance=native.provenance,

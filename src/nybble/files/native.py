@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError, InputError, UsageError, shown
@@ -30,6 +31,8 @@ from nybble.formats.activations import Activations, parse_entry
 
 CONTAINER = 1
 WEIGHTS = "model.safetensors"
+LARGEST_EXPONENT = 252
+"""Of a scale that is a power of two (mxfp4): beyond it the largest level would not be a float32."""
 MAX_SPEC = 200
 """Characters of a format's name."""
 PROVENANCE = "nybble"
@@ -55,10 +58,26 @@ class NativeFile:
         spec, shape = self.packed[name]
         fmt = parse_format(spec)
         try:
-            stored = {suffix: self.file.read(f"{name}.{suffix}").copy() for suffix in fmt.storage(shape)}
+            stored = {suffix: array.copy() for suffix, array in self.stored(name).items()}
             return QTensor.from_stored(fmt, stored, shape, self.schemes.get(name))
         except (ValueError, InputError) as error:
             raise FileFormatError(f"{self.file.path}: tensor {shown(name)}: {error}") from error
+
+    def stored(self, name: str) -> dict[str, NDArray[Any]]:
+        """The arrays of a packed tensor as they lie in the file, views of it; scales that are numbers. Raises FileFormatError for
+        scales that are not: they would make every product with the weight one that is none."""
+        spec, shape = self.packed[name]
+        found = {suffix: self.file.read(f"{name}.{suffix}") for suffix in parse_format(spec).storage(shape)}
+        for suffix, array in found.items():
+            if suffix == "exponent" and array.dtype == np.uint8:
+                bad = int((array > LARGEST_EXPONENT).sum())
+            elif suffix != "values" and array.dtype.kind == "f":
+                bad = array.size - int(np.isfinite(array).sum())
+            else:
+                continue
+            if bad:
+                raise FileFormatError(f"{self.file.path}: tensor {shown(name)}: {bad} of {array.size} {suffix} are not finite")
+        return found
 
     def read_all(self) -> dict[str, QTensor]:
         """Every packed tensor, by name."""
@@ -96,7 +115,7 @@ def read_entry(entry: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, int]
     """Name -> (format spec, shape) of a `quantization_config`. Raises FileFormatError for one that is not ours."""
     if entry.get("quant_method") != "nybble":
         raise FileFormatError(f"quant_method is {shown(entry.get('quant_method'))}, not 'nybble'")
-    if entry.get("container") != CONTAINER:
+    if type(entry.get("container")) is not int or entry["container"] != CONTAINER:
         raise FileFormatError(f"container version {shown(entry.get('container'))}; this nybble reads {CONTAINER}")
     tensors = entry.get("tensors")
     if not isinstance(tensors, dict):
