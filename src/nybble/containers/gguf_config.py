@@ -83,7 +83,10 @@ def to_keys(config: Mapping[str, Any], table: Architecture, vocabulary: int) -> 
     if not how.positions:
         keys.update(_rotary_keys(config, how, gguf))
     if any(_windows(config, how)):
-        keys["attention.sliding_window"] = Value(WHOLE, int(config["sliding_window"]))
+        window = int(config["sliding_window"])
+        keys["attention.sliding_window"] = Value(WHOLE, window)
+        if gguf.window == "unused":
+            keys["context_length"] = Value(WHOLE, min(window, int(config[how.context])))
     keys["vocab_size"] = Value(WHOLE, vocabulary)
     return {f"{gguf.architecture}.{key}": value for key, value in keys.items()}
 

@@ -11,6 +11,7 @@ import pkgutil
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 _INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -93,8 +94,9 @@ class Gguf:
     """Key-value heads may be fewer than query heads, and a head's dimensions are stated."""
     rotated: frozenset[str] = frozenset()
     """Modules inside a block whose rows stand in pairs of neighbours, since llama.cpp turns these together."""
-    window: bool = False
-    """A sliding window is stated. Where it is not, a model that has one is refused."""
+    window: Literal["", "used", "unused"] = ""
+    """What llama.cpp makes of a sliding window that is stated: "used"; "unused": every position sees all before it, so that a file
+    states no more context than the window. Empty: a model that has one is refused."""
     requires: tuple[tuple[str, object], ...] = ()
     """(key, value) that config.json must not contradict."""
 

@@ -18,7 +18,7 @@ GEMMA_GGUF = replace(
     classes={"gemma": "GemmaForCausalLM"},
     activations=("gelu_pytorch_tanh", "gelu"),  # gelu here: what Gemma's first configurations call the tanh form
     rotated=frozenset(),
-    window=False,
+    window="",
     requires=(("tie_word_embeddings", True),),
 )
 

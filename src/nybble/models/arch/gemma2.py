@@ -34,6 +34,6 @@ TABLE = Architecture(
             "post_feedforward_layernorm": "post_ffw_norm",
         },
         keys={"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
-        window=True,
+        window="used",
     ),
 )

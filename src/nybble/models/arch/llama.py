@@ -45,7 +45,7 @@ GGUF = Gguf(
     activations=("silu", "swish"),
     shared_heads=True,
     rotated=frozenset({"self_attn.q_proj", "self_attn.k_proj"}),
-    window=True,
+    window="unused",
 )
 
 TABLE = Architecture(

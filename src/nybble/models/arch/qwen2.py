@@ -5,7 +5,7 @@ from dataclasses import replace
 from nybble.models.arch import Architecture
 from nybble.models.arch.llama import DECODING, GGUF, LINEARS, OTHERS
 
-QWEN2_GGUF = replace(GGUF, architecture="qwen2", classes={"qwen2": "Qwen2ForCausalLM"}, rotated=frozenset(), window=False)
+QWEN2_GGUF = replace(GGUF, architecture="qwen2", classes={"qwen2": "Qwen2ForCausalLM"}, rotated=frozenset(), window="")
 
 TABLE = Architecture(
     model_types=("qwen2",),
