@@ -49,6 +49,7 @@ FILE_TYPE_NAMES = {
     **{number: name for name, number in FILE_TYPES.items()},
     **{11: "Q3_K_S", 12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 21: "Q2_K_S"},
 }
+FILE_TYPE_NUMBERS = {name: number for number, name in FILE_TYPE_NAMES.items()}
 
 
 def make_metadata(
@@ -56,30 +57,27 @@ def make_metadata(
 ) -> dict[str, Value]:
     """All keys of a file, in the order in which they are written. Raises InputError for a model or tokenizer that has no form
     there."""
-    types = {tensor.name: (tensor.type, int(np.prod(tensor.shape))) for tensor in tensors}
     kept = contents.details.get("metadata")
     if isinstance(kept, Mapping) and kept and all(isinstance(value, Value) for value in kept.values()):
         metadata = {key: value for key, value in kept.items() if key != ALIGNMENT_KEY}
-        metadata["general.file_type"] = Value("uint32", _file_type(types, metadata.get("general.file_type")))
-        metadata["general.quantization_version"] = Value("uint32", 2)
     else:
-        metadata = _new_metadata(contents, table, types, options)
+        metadata = _new_metadata(contents, table, options)
+    metadata["general.file_type"] = Value("uint32", _file_type(contents, tensors))
+    metadata["general.quantization_version"] = Value("uint32", 2)
     metadata.pop(PROVENANCE, None)
     if contents.provenance:
         metadata[PROVENANCE] = Value.text(_json(contents.provenance))
     return metadata
 
 
-def _new_metadata(
-    contents: Contents, table: Architecture, types: Mapping[str, tuple[str, int]], options: Mapping[str, str]
-) -> dict[str, Value]:
+def _new_metadata(contents: Contents, table: Architecture, options: Mapping[str, str]) -> dict[str, Value]:
     _, gguf = parts_of(table)
     vocabulary = _vocabulary(contents, table)
     metadata = {
         "general.architecture": Value.text(gguf.architecture),
         "general.type": Value.text("model"),
         "general.name": Value.text(contents.path.resolve().name or gguf.architecture),
-        "general.file_type": Value("uint32", _file_type(types, None)),
+        "general.file_type": Value("uint32", 0),
         "general.quantization_version": Value("uint32", 2),
         **to_keys(contents.config, table, vocabulary),
     }
@@ -105,18 +103,21 @@ def _vocabulary(contents: Contents, table: Architecture) -> int:
     return contents.packed[name][1][0] if name in contents.packed else contents.floats[name][1][0]
 
 
-def _file_type(types: Mapping[str, tuple[str, int]], stated: Value | None) -> int:
-    """`general.file_type` of tensors by the type that most weights of the blocks have. One that is stated and of the same main
-    type is kept: it may name a mix."""
+def _file_type(contents: Contents, tensors: Sequence[Tensor]) -> int:
+    """`general.file_type`: what the source says of the same types, else the mix or format that was asked for, else what the
+    types of most weights in the blocks are called."""
+    stated = contents.details.get("metadata", {}).get("general.file_type")
+    same = contents.details.get("types") == Counter(tensor.type for tensor in tensors)
+    if same and isinstance(stated, Value) and isinstance(stated.data, int):
+        return stated.data
+    asked = str(contents.provenance.get("format")).removeprefix("mix:").upper()
+    if asked in FILE_TYPE_NUMBERS:
+        return FILE_TYPE_NUMBERS[asked]
     weights: Counter[str] = Counter()
-    for name, (kind, count) in types.items():
-        if name.startswith("blk.") and name.endswith(".weight") and "norm" not in name:
-            weights[kind] += count
+    for tensor in tensors:
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            weights[tensor.type] += int(np.prod(tensor.shape))
     main = weights.most_common(1)[0][0] if weights else "F32"
-    if stated is not None and isinstance(stated.data, int):
-        name = FILE_TYPE_NAMES.get(stated.data, "")
-        if name in (main, f"{main}_S", f"{main}_M", f"{main}_L"):
-            return stated.data
     return MIXED[main] if main in MIXED and len(weights) > 1 else FILE_TYPES[main]
 
 
