@@ -53,7 +53,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], list[dict[str
             jobs.append(job)
             if job["do"] == "check":
                 return {"missing": None}
-            if job["do"] == "make":
+            if job["do"] in ("make", "convert"):
                 Path(job["target"]).write_text("made")
                 return {}
             return answer(job)
@@ -76,6 +76,11 @@ def test_racers_take_turns(workers: Callable[[Answer], list[dict[str, Any]]]) ->
     assert [len(standing.turns) for standing in done.standings] == [2, 2, 2]
     assert done.skipped == ()
     assert [job["format"] for job in jobs if job["do"] == "make"] == ["int8:channel", "Q4_0"], "f16 is the float folder's own"
+    halves = [job for job in jobs if job["do"] == "convert"]
+    assert [(job["runtime"], job["container"], Path(job["target"]).name) for job in halves] == [
+        ("nybble", "gguf", "F16.gguf.part")
+    ]
+    assert [Path(job["source"]).name for job in jobs if job["do"] == "make"][1] == "F16.gguf", "which llama.cpp makes its own of"
     assert [job["runtime"] for job in jobs if job["do"] == "check"] == ["nybble", "llama.cpp"]
     texts = jobs[-1]["workload"]["texts"]
     assert len(texts) == 6, "one to warm up and five to time"

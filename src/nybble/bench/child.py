@@ -33,7 +33,6 @@ SLIM = (
     "bench/__init__.py",
     "bench/workload.py",
     "bench/worker.py",
-    "bench/gguf_writer.py",
     "bench/adapters",
 )
 MEASURE_SECONDS, MAKE_SECONDS = 900.0, 3600.0

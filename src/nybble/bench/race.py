@@ -161,14 +161,18 @@ class _Run:
             if absent[racer.runtime]:
                 continue
             name = adapter.file_for(racer.format, self._checkpoint.float_tag)
+            source = str(self._checkpoint.folder.resolve())
             job = {
                 "do": "make",
                 "runtime": racer.runtime,
                 "format": racer.format,
-                "source": str(self._checkpoint.folder.resolve()),
+                "source": source,
                 "threads": self._settings.threads,
             }
             try:
+                if name and adapter.half:
+                    half = {"do": "convert", "runtime": OURS, "source": source, "container": Path(adapter.half).suffix[1:]}
+                    job["source"] = str(_make_once(self._files / adapter.half, self._children, half).resolve())
                 made = _make_once(self._files / name, self._children, job) if name else self._checkpoint.folder
                 admitted[racer] = made.resolve()
             except OutputError:

@@ -3,8 +3,8 @@
     python -m nybble.bench.worker JOB SPAWNED
 
 `do` of the job is `shape` (write a model of random weights), `check` (is the runtime installed), `make` (write the file
-that a racer reads) or `measure`. SPAWNED is the time (seconds since 1970) when the parent started this process, for
-systems that do not say so themselves. Whatever libraries print goes to standard error.
+that a racer reads), `convert` (write the one that a peer makes it from) or `measure`. SPAWNED is the time (seconds since
+1970) when the parent started this process, for systems that do not say so themselves. Whatever libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ def answer(job: dict[str, Any], spawned: float) -> dict[str, Any]:
         from nybble.models.shapes import make_shape
 
         make_shape(job["shape"], Path(job["target"]))
+        return {}
+    if job["do"] == "convert":
+        from nybble.convert import convert
+
+        convert(job["source"], job["target"], job["container"], to="fp16")
         return {}
     if job["do"] == "check":
         return {"missing": adapter_of(job["runtime"]).missing()}

@@ -85,7 +85,7 @@ class Weights:
         tag, size = self.contents.floats[name]
         if tag not in KINDS or len(size) != 2:
             raise FileFormatError(f"{self.path}: {name} is {tag} {list(size)}; the engine reads float matrices")
-        return kernels.lay_floats(self.contents.read_float(name), KINDS[tag], matrix.transposed, True, threads)
+        return kernels.lay_floats(_aligned(self.contents.read_float(name)), KINDS[tag], matrix.transposed, True, threads)
 
     def _lay_packed(self, name: str, fmt: Format, shape: tuple[int, int], threads: int) -> kernels.Laid:
         stored: dict[str, NDArray[Any]] = dict(self.contents.stored(name))
@@ -95,7 +95,7 @@ class Weights:
                 raise FileFormatError(f"{self.path}: {name}.{suffix} is {array.dtype} {array.shape}, {fmt} needs {dtype} {size}")
         drop = self.contents.read_stored is not None  # arrays of our own are given back when they go
         if fmt.is_cast:
-            return kernels.lay_floats(stored["values"], CASTS[str(fmt)], False, drop, threads)
+            return kernels.lay_floats(_aligned(stored["values"]), CASTS[str(fmt)], False, drop, threads)
         codes = _aligned(stored.pop("codes"))
         scale, offset = fmt.kernel_grid(stored)
         levels = np.ascontiguousarray(fmt.levels)

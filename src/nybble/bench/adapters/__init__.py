@@ -49,6 +49,9 @@ class Adapter(ABC):
     """What a person installs to get the runtime."""
     modules: ClassVar[tuple[str, ...]]
     """The modules that it needs."""
+    half: ClassVar[str | None] = None
+    """Name of a file in float16 that nybble writes for it (its ending says in which container), and `make` reads in the place of
+    the float folder."""
 
     def missing(self) -> str | None:
         """Names of the modules that this Python lacks for it; None when nothing is missing. Imports none of them."""

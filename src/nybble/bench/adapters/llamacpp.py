@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python's low-level calls: the least Python a token that a Python caller can have.
 
-F16 is written from the float folder; llama.cpp's own quantizer makes Q8_0 and Q4_0 of it, with its default choice of
+F16 is written by nybble; llama.cpp's own quantizer makes Q8_0 and Q4_0 of it, with its default choice of
 types (Q4_0 keeps a head, or a table tied to it, in Q6_K where the width allows).
 """
 
@@ -30,6 +30,7 @@ class LlamaCppAdapter(Adapter):
     formats = ("F16", "Q8_0", "Q4_0")
     install = "llama-cpp-python gguf"
     modules = ("llama_cpp", "gguf")
+    half = "F16.gguf"
 
     def __init__(self) -> None:
         self._silence: Any = None
@@ -38,20 +39,11 @@ class LlamaCppAdapter(Adapter):
         return f"{format}.gguf"
 
     def make(self, source: Path, target: Path, format: str, threads: int) -> None:
-        from nybble.bench.gguf_writer import write_gguf
-
-        if format == "F16":
-            write_gguf(source, target)
-            return
         self.start(threads)
-        llama, half = _library(), target.with_name("F16.gguf")
-        if not half.exists():
-            part = target.with_name(f"{target.name}.f16")
-            write_gguf(source, part)
-            part.rename(half)
+        llama = _library()
         settings = llama.llama_model_quantize_default_params()
         settings.ftype, settings.nthread = getattr(llama, TYPES[format]), threads
-        if llama.llama_model_quantize(str(half).encode(), str(target).encode(), settings) != 0:
+        if llama.llama_model_quantize(str(source).encode(), str(target).encode(), settings) != 0:
             raise InputError(f"llama.cpp could not write this model as {format}")
 
     def start(self, threads: int) -> None:
