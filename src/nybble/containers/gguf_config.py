@@ -285,6 +285,7 @@ def to_config(
                 )
     if keys.whole(f"{name}.expert_count", 0):
         raise InputError(f"{keys.where} is a mixture of experts, which nybble does not read")
+    _check_sizes(keys, config, how, gguf, shape)
     model_type = _model_type(keys, gguf, config)
     config["vocab_size"] = shape[0]
     config["model_type"] = model_type
@@ -298,7 +299,6 @@ def to_config(
     for part, target in IDS.items():
         key = f"tokenizer.ggml.{part}_token_id"
         config[target] = keys.whole(key) if key in keys.metadata else None
-    _check_sizes(keys, config, how, gguf, shape)
     return config
 
 
