@@ -2,6 +2,7 @@
 # make compare    the main job on the model that ships: a table, and a page in out/compare
 # make test       the fast tests; `make test-all` adds the slow ones
 # make check      ruff and mypy
+# make interop    other people's readers open what nybble writes (the first time builds llama-cpp-python: 5 to 10 minutes)
 # make sanitize   the kernels and the engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make bench      the benchmarks in bench/
 # make wheel      the wheel in dist/, proved in a fresh environment without a compiler
@@ -9,12 +10,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INTEROP := .interop
 NATIVE := CMakeLists.txt pyproject.toml src/nybble/version.py tools/with_compiler.sh \
   $(wildcard src/nybble/kernels/*.cpp src/nybble/kernels/*.hpp src/nybble/engine/*.cpp src/nybble/engine/*.hpp)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := setup
-.PHONY: setup compare test test-all check format sanitize bench wheel clean
+.PHONY: setup compare test test-all interop check format sanitize bench wheel clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +48,12 @@ test: setup
 test-all: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# Beside tests/interop those tests of formats and containers that skip where another project's library is missing.
+interop: setup
+	@sh tools/interop.sh environment $(VENV) $(INTEROP)
+	NYBBLE_INTEROP=1 $(INTEROP)/bin/python -m pytest tests/interop \
+	  $$(grep -lE 'importorskip|ggml_library' tests/formats/test_*.py tests/containers/test_*.py) --durations 10 --durations-min 3
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,5 +75,5 @@ wheel: setup
 	sh tools/prove_wheel.sh $(PYTHON) dist/*.whl
 
 clean:
-	rm -rf $(VENV) .wheel-venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(INTEROP) .wheel-venv build dist out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -f src/nybble/kernels/_native*.so

@@ -1,0 +1,41 @@
+"""The models that every reader is given."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(1, str(HERE.parent / "formats"))  # ggml's library and its layouts
+
+from readers import data, make_qwen  # noqa: E402  # found beside this file
+
+from nybble import demo  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Other people's code warns of what is none of ours."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A float model's folder by its name in MODELS."""
+    root, made = tmp_path_factory.mktemp("interop"), {}
+
+    def get(name: str) -> Path:
+        if name == "stdlib-gpt2-6m":
+            return demo.model_folder()
+        if name == "stories260k-llama":
+            return data("models", name)
+        if name not in made:
+            made[name] = make_qwen(name, root / name)
+        return made[name]
+
+    return get
