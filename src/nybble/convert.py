@@ -33,6 +33,7 @@ from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.recast import Recast, compare, recast
 from nybble.methods import Method, parse_method
 from nybble.models.arch import table_for
+from nybble.models.checkpoint import unpickle_folder
 from nybble.models.info import TensorInfo
 from nybble.plan import CAST_TAGS, Plan, Recipe, make_plan
 
@@ -54,10 +55,11 @@ def opened(path: str | Path, allow_pickle: bool = False) -> Iterator[Contents]:
     if not (allow_pickle and path.is_dir() and not any(path.glob("*.safetensors"))):
         yield open_contents(path)
         return
-    from nybble.files.pickled import pickled_to_safetensors
-
     with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
-        yield open_contents(pickled_to_safetensors(path, Path(folder)))
+        copy = Path(folder) / path.resolve().name  # a model's name is its folder's
+        copy.mkdir()
+        contents = open_contents(unpickle_folder(path, copy))
+        yield dataclasses.replace(contents, bytes=sum(file.stat().st_size for file in path.glob("*.bin")))
 
 
 @dataclass(frozen=True)
