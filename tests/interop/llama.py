@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,17 @@ class Llama:
         self._llama.close()
 
 
-def quantize(source: Path, target: Path, file_type: str, threads: int = 1, pure: bool = False) -> bool:
-    """llama.cpp's own quantizer: a file of floats to one of `file_type`; whether it did."""
+def quantize(source: Path, target: Path, file_type: str, pure: bool = False, importance: Mapping[str, int] | None = None) -> bool:
+    """llama.cpp's own quantizer: a file of floats to one of `file_type`; whether it did. `pure`: every weight in that type.
+    `importance`: name of each tensor -> its columns, all of importance 1."""
     llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread, settings.pure = FILE_TYPES[file_type], threads, pure
+    settings.ftype, settings.nthread, settings.pure = FILE_TYPES[file_type], 1, pure
+    kept = []  # what the settings point to
+    if importance:
+        table = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
+        for entry, (name, columns) in zip(table, importance.items(), strict=False):
+            kept.append((ctypes.c_float * columns)(*[1.0] * columns))
+            entry.name, entry.data, entry.size = name.encode(), kept[-1], columns
+        settings.imatrix = table
     return int(llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)) == 0
