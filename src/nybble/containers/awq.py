@@ -85,7 +85,7 @@ def read(path: Path) -> Contents:
 
     used = {f"{name.removesuffix('weight')}{part}" for name in packed for part in PARTS}
     for module in folder.modules("g_idx"):
-        raise folder.broken(f"tensor {shown(module)}.g_idx orders columns, which AWQ does not")
+        raise folder.broken(f"tensor {shown(f'{module}.g_idx')} orders columns, which AWQ does not")
     return folder.contents(NAME, packed, used, tensor)
 
 

@@ -16,8 +16,8 @@ the block. A nested scale may come out below zero in bitsandbytes, whose block t
     value = (code * SCB) * (1/127), in float32
 
 against our code * scale. The scale is SCB/127 and SCB is scale*127, each rounded to float32, so codes are the same and a value
-differs by at most 2 units in the last place. Not every float32 is some SCB/127: `settle` gives the scale that is kept. Inputs
-are rounded too in such layers, all but those of magnitude `llm_int8_threshold` and more: the scheme `outliers`.
+differs by at most 3 units in the last place (2 in 3e8 random ones). Not every float32 is some SCB/127: `settle` gives the scale
+that is kept. Inputs are rounded too in such layers, all but those of magnitude `llm_int8_threshold` and more: scheme `outliers`.
 
 Checked against bitsandbytes 0.50.2 and transformers 5.24, which also loads GPT-2's Conv1D so, packed [out, in].
 """
@@ -128,7 +128,7 @@ def _read_eight(folder: Folder) -> Contents:
             folder.entry(f"{module}.weight_format", ("U8",), ())
             kind = int(folder.read(f"{module}.weight_format"))
             if kind:
-                raise folder.broken(f"tensor {shown(module)}.weight_format is {kind}; only 0, codes in rows, is read")
+                raise folder.broken(f"tensor {shown(f'{module}.weight_format')} is {kind}; only 0, codes in rows, is read")
             used.add(f"{module}.weight_format")
 
     def tensor(name: str) -> QTensor:

@@ -116,7 +116,7 @@ def _match(folder: Folder, module: str, schemes: list[Scheme]) -> tuple[Scheme, 
         folder.entry(f"{module}.weight_shape", ("I64", "I32"), (2,))
         rows, columns = (int(n) for n in folder.read(f"{module}.weight_shape"))
         if not (0 < rows < 1 << 32 and 0 < columns < 1 << 32):
-            raise folder.broken(f"tensor {shown(module)}.weight_shape is {[rows, columns]}, not two sizes")
+            raise folder.broken(f"tensor {shown(f'{module}.weight_shape')} is {[rows, columns]}, not two sizes")
         words = folder.entry(f"{module}.weight_packed", ("I32",), (rows, None)).shape[1]
         fitting = [s for s in schemes if s.packed and word_count(columns, s.bits) == words]
         seen = f"{words} words in a row of {columns}"
@@ -124,9 +124,8 @@ def _match(folder: Folder, module: str, schemes: list[Scheme]) -> tuple[Scheme, 
         rows, columns = folder.entry(f"{module}.weight", ("I8",), (None, None)).shape
         fitting = [s for s in schemes if not s.packed]
         seen = f"int8 {[rows, columns]}"
-    if f"{module}.weight_scale" not in folder:
-        raise folder.broken(f"tensor {shown(module)}.weight_scale is missing")
-    scale = folder.entry(f"{module}.weight_scale", SCALE_TAGS, (None,) * _dimensions(folder, module))
+    dimensions = 1 if folder.dimensions(f"{module}.weight_scale") == 1 else 2
+    scale = folder.entry(f"{module}.weight_scale", SCALE_TAGS, (None,) * dimensions)
     zeros = f"{module}.weight_zero_point" in folder
     shapes = {s: _scale_shapes(s, rows, columns) for s in fitting}
     fitting = [s for s in fitting if scale.shape in shapes[s] and (zeros or not s.asymmetric)]
@@ -135,12 +134,8 @@ def _match(folder: Folder, module: str, schemes: list[Scheme]) -> tuple[Scheme, 
     if len(kinds) != 1:
         which = "no config group" if not kinds else "more than one config group"
         what = f"{seen}, scales {list(scale.shape)}, {'zero points' if zeros else 'no zero points'}"
-        raise folder.broken(f"tensor {shown(module)}.weight: {which} fits {what}")
+        raise folder.broken(f"tensor {shown(f'{module}.weight')}: {which} fits {what}")
     return fitting[0], (rows, columns)
-
-
-def _dimensions(folder: Folder, module: str) -> int:
-    return 1 if f"{module}.weight_scale" in folder and folder.dimensions(f"{module}.weight_scale") == 1 else 2
 
 
 def _scale_shapes(scheme: Scheme, rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
@@ -158,7 +153,7 @@ def _spec(folder: Folder, module: str, scheme: Scheme, shape: tuple[int, int]) -
     try:
         return spec_of(scheme.bits, scheme.group, shape[1], scheme.asymmetric)
     except ValueError as error:
-        raise folder.broken(f"tensor {shown(module)}.weight: {error}") from error
+        raise folder.broken(f"tensor {shown(f'{module}.weight')}: {error}") from error
 
 
 def _tensor(folder: Folder, module: str, scheme: Scheme, fmt: Format, shape: tuple[int, int]) -> QTensor:
@@ -222,8 +217,7 @@ def _inputs(folder: Folder, module: str, scheme: Scheme) -> Activations:
     """What becomes of a module's inputs."""
     if scheme.inputs == "dynamic":
         return Activations("dynamic")
-    shape = (1,) * folder.dimensions(f"{module}.input_scale") if f"{module}.input_scale" in folder else (1,)
-    folder.entry(f"{module}.input_scale", SCALE_TAGS, shape)
+    folder.entry(f"{module}.input_scale", SCALE_TAGS, (1,) * folder.dimensions(f"{module}.input_scale"))
     scale = float(folder.scales(f"{module}.input_scale").reshape(-1)[0])
     zero = 0
     if f"{module}.input_zero_point" in folder:
@@ -232,7 +226,7 @@ def _inputs(folder: Folder, module: str, scheme: Scheme) -> Activations:
     try:
         return Activations("static", scale=scale, zero=zero + MIDDLE)
     except ValueError as error:
-        raise folder.broken(f"tensor {shown(module)}.input_scale: {error}") from error
+        raise folder.broken(f"tensor {shown(f'{module}.input_scale')}: {error}") from error
 
 
 def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:

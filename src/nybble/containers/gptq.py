@@ -120,7 +120,7 @@ class _Reader:
         try:
             spec = spec_of(bits, group, columns, bool((self._zeros(module, rows, bits) != middle).any()))
         except ValueError as error:
-            raise self.folder.broken(f"tensor {shown(module)}.qweight: {error}") from error
+            raise self.folder.broken(f"tensor {shown(f'{module}.qweight')}: {error}") from error
         self._order(module, columns, group, groups)
         return spec, (rows, columns)
 
@@ -141,7 +141,7 @@ class _Reader:
             columns = words * 32 // self.bits
             if word_count(columns, self.bits) != words:
                 raise self.folder.broken(
-                    f"tensor {shown(module)}.qweight has {words} rows; codes of {self.bits} bits fill none so"
+                    f"tensor {shown(f'{module}.qweight')} has {words} rows; codes of {self.bits} bits fill none so"
                 )
             return self.bits, columns
         columns = self.folder.entry(f"{module}.g_idx", ("I32",), (None,)).shape[0]
@@ -149,7 +149,7 @@ class _Reader:
             if word_count(columns, bits) == words:
                 return bits, columns
         raise self.folder.broken(
-            f"tensor {shown(module)}.qweight has {words} rows, it must have {word_count(columns, self.bits)}: "
+            f"tensor {shown(f'{module}.qweight')} has {words} rows, it must have {word_count(columns, self.bits)}: "
             f"{columns} columns of {self.bits} bits"
         )
 
@@ -160,7 +160,7 @@ class _Reader:
             return columns // groups if groups > 1 else WHOLE_ROW
         if groups != expected:
             raise self.folder.broken(
-                f"tensor {shown(module)}.scales has {groups} groups, it must have {expected}: {columns} columns, "
+                f"tensor {shown(f'{module}.scales')} has {groups} groups, it must have {expected}: {columns} columns, "
                 f"group_size {self.group}"
             )
         return int(self.group)

@@ -96,7 +96,9 @@ class Folder:
         return entry
 
     def dimensions(self, name: str) -> int:
-        """How many sizes the shape of a tensor has that is there."""
+        """How many sizes the shape of a tensor has."""
+        if name not in self._files:
+            raise self.broken(f"tensor {shown(name)} is missing")
         return len(self._files[name].entries[name].shape)
 
     def read(self, name: str) -> NDArray[Any]:
