@@ -71,17 +71,19 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: (rng.standard_normal(shape) * 0.1).astype(np.float16) for name, shape in {**LINEARS, **OTHERS}.items()}
 
 
-def contents(formats: Sequence[str] = (), config: Mapping[str, Any] = CONFIG) -> Contents:
-    """The small model, its layers in these formats in turn."""
+def contents(formats: Sequence[str] = (), layers: int = len(LINEARS)) -> Contents:
+    """The small model, its layers in these formats in turn; with fewer `layers` it is no whole model."""
     floats = weights()
+    for name in list(LINEARS)[layers:]:
+        del floats[name]
     packed: dict[str, QTensor] = {}
-    for i, name in enumerate(LINEARS if formats else ()):
+    for i, name in enumerate(list(LINEARS)[:layers] if formats else ()):
         fmt = parse_format(formats[i % len(formats)])
         packed[name] = QTensor(fmt, *fmt.round(floats.pop(name).astype(np.float32)))
     return Contents(
         container="float",
         path=Path(),
-        config=config,
+        config=CONFIG,
         packed={name: (str(tensor.format), (tensor.shape[0], tensor.shape[1])) for name, tensor in packed.items()},
         floats={name: ("F16", array.shape) for name, array in floats.items()},
         read_packed=packed.__getitem__,
@@ -90,11 +92,11 @@ def contents(formats: Sequence[str] = (), config: Mapping[str, Any] = CONFIG) ->
     )
 
 
-def write_folder(folder: Path, variant: str = "float") -> Path:
+def write_folder(folder: Path, variant: str = "float", layers: int = len(LINEARS)) -> Path:
     """A valid folder of a container."""
     container, formats, options = VARIANTS[variant]
     module = find_container(container)
-    model = contents(formats)
+    model = contents(formats, layers)
     settle = getattr(module, "settle", None)
     if settle is not None:
         read = model.read_packed
@@ -115,11 +117,11 @@ def entry(dtype: Any = "U8", shape: Any = (4,), offsets: Any = (0, 4)) -> dict[s
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def write_shards(folder: Path) -> dict[str, str]:
+def write_shards(folder: Path, layers: int = len(LINEARS)) -> dict[str, str]:
     """A valid folder of two shards; returns the map of its index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    arrays = weights()
+    arrays = {name: array for name, array in weights().items() if name not in list(LINEARS)[layers:]}
     places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(arrays)}
     for shard in sorted(set(places.values())):
         header: dict[str, Any] = {}
