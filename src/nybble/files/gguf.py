@@ -286,7 +286,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Value], tensors: Sequenc
                 data = np.ascontiguousarray(tensor.data())
                 if data.nbytes != _bytes(tensor):
                     raise ValueError(
-                        f"tensor {tensor.name} has {data.nbytes} bytes, {tensor.type} {tensor.shape} takes another number"
+                        f"tensor {tensor.name} has {data.nbytes} bytes, {tensor.type} {tensor.shape} takes {_bytes(tensor)}"
                     )
                 file.write(data.reshape(-1).view(np.uint8).data)
                 position += data.nbytes
