@@ -7,14 +7,19 @@ floats; only where that gives other values is the decoded weight rounded anew, a
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nybble import kernels
 from nybble.errors import NumericError
-from nybble.formats.base import Float32, Float64, Format
+from nybble.formats.base import Float32, Float64, Format, PackedFormat, slabs
 from nybble.formats.qtensor import QTensor
+
+THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,35 @@ class Recast:
 
 
 def compare(old: Float32, tensor: QTensor) -> Recast:
-    """A tensor that stands for a float32 weight [N, K], and by how much it does not."""
-    decoded = tensor.decode()
-    if np.array_equal(old, decoded):
-        return Recast(tensor, True, 0.0, 0.0)
-    wide = old.astype(np.float64)
-    energy = float(np.square(wide).sum())
-    return Recast(tensor, False, float(np.square(decoded - wide).sum()) / (energy or 1.0), energy)
+    """A tensor that stands for a float32 weight [N, K], and by how much it does not; rows are summed in float32, then float64."""
+    error = energy = 0.0
+    exact = True
+    for rows, decoded in _decoded(tensor):
+        decoded -= old[rows]
+        exact = exact and not decoded.any()
+        error += float(np.einsum("rk,rk->r", decoded, decoded).sum(dtype=np.float64))
+        energy += float(np.einsum("rk,rk->r", old[rows], old[rows]).sum(dtype=np.float64))
+    return Recast(tensor, True, 0.0, 0.0) if exact else Recast(tensor, False, error / (energy or 1.0), energy)
+
+
+def _decoded(tensor: QTensor) -> Iterator[tuple[slice, Float32]]:
+    """(rows, their float32 values in a new array) in slabs; by the kernels where they know the format."""
+    fmt, columns = tensor.format, tensor.shape[1]
+    if not isinstance(fmt, PackedFormat):
+        for rows in slabs(tensor.shape):
+            yield rows, np.array(fmt.decode(tensor.codes[rows], tensor.params))
+        return
+    scale, offset = fmt.kernel_grid(tensor.params)
+    for rows in slabs(tensor.shape):
+        packed = kernels.pack(np.ascontiguousarray(tensor.codes[rows], dtype=np.uint8), fmt.bits)
+        grid = [each if each is None or len(each) == 1 else each[rows] for each in (scale, offset)]
+        assert grid[0] is not None
+        yield (
+            rows,
+            kernels.decode(
+                packed, columns, fmt.bits, fmt.levels, fmt.block(columns), grid[0], grid[1], shifted=fmt.shifted, threads=THREADS
+            ),
+        )
 
 
 def recast(tensor: QTensor, fmt: Format) -> Recast:
