@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.containers.contents import FLOAT_TAGS, Contents, widen
-from nybble.containers.gguf_config import Keys, parts_of, rope_factors, table_of, to_config, to_keys
+from nybble.containers.gguf_config import Keys, check_same, parts_of, rope_factors, table_of, to_config, to_keys
 from nybble.containers.gguf_names import LEAVES, Place, order_back, places
 from nybble.containers.gguf_rebuild import files_of
 from nybble.containers.gguf_tokenizer import PREFIX
@@ -133,32 +133,44 @@ def _config(file: GgufFile, keys: Keys, table: Architecture, factors: NDArray[np
     """config.json: the one that the file keeps, where it says what llama.cpp's keys say; else made from those."""
     shape = file.tensors["token_embd.weight"].shape
     tied = "output.weight" not in file.tensors
-    config = to_config(keys, table, shape, tied, factors)
+    kept = _stored_object(keys, CONFIG)
+    if kept:
+        check_config(kept, f"{file.path}: key {CONFIG}")
+    same = bool(kept) and _says_the_same(kept, file, table, shape[0], tied, factors)
+    config = to_config(keys, table, shape, tied, None if same else factors)
     tags = Counter(entry.type.name for entry in file.tensors.values() if len(entry.shape) > 1)
     config["dtype"] = {"F16": "float16", "BF16": "bfloat16"}.get(tags.most_common(1)[0][0], "float32")
     if table.model_types[0] == "llama":
-        biased = ("blk.0.attn_output.bias" in file.tensors, "blk.0.ffn_gate.bias" in file.tensors)
-        config["attention_bias"], config["mlp_bias"] = biased
+        config["attention_bias"] = "blk.0.attn_output.bias" in file.tensors
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     check_config(config, file.path)
     tokens = keys.texts(f"{PREFIX}tokens")
     if tokens and len(tokens) != shape[0]:
         raise FileFormatError(f"{file.path}: it has {len(tokens)} tokens, token_embd.weight has {shape[0]} rows")
-    kept = _stored_object(keys, CONFIG)
-    if not kept:
-        return config
-    check_config(kept, f"{file.path}: key {CONFIG}")
-    try:
-        if table_for(str(kept.get("model_type"))) is not table:
-            return config
-        again = to_keys(kept, table, shape[0])
-        prefix = f"{keys.text('general.architecture')}."
-        same = again == {key: value for key, value in file.metadata.items() if key.startswith(prefix)}
-        same &= kept.get("tie_word_embeddings", table.ties_by_default) == tied
-        wanted = rope_factors(kept, table)
-    except (InputError, TypeError, ValueError, KeyError):
-        return config
-    same &= np.array_equal(wanted, factors) if wanted is not None and factors is not None else wanted is factors
     return kept if same else config
+
+
+def _says_the_same(
+    kept: dict[str, Any],
+    file: GgufFile,
+    table: Architecture,
+    vocabulary: int,
+    tied: bool,
+    factors: NDArray[np.float32] | None,
+) -> bool:
+    """Whether a config.json gives the very keys that a file has."""
+    _, gguf = parts_of(table)
+    if table_for(str(kept.get("model_type"))) is not table:
+        return False
+    try:
+        again = to_keys(kept, table, vocabulary)
+        wanted = rope_factors(kept, table)
+    except (InputError, TypeError, ValueError, KeyError, ArithmeticError):
+        return False
+    there = {key: value for key, value in file.metadata.items() if key.startswith(f"{gguf.architecture}.")}
+    if again != there or kept.get("tie_word_embeddings", table.ties_by_default) != tied:
+        return False
+    return wanted is factors if wanted is None or factors is None else np.array_equal(wanted, factors)
 
 
 def _where(file: GgufFile, table: Architecture, config: Mapping[str, Any]) -> dict[str, tuple[Place, str]]:
@@ -259,5 +271,6 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     table = table_for(str(model_type))
     if table.gguf is None or table.decoding is None:
         raise InputError(f"nybble writes no GGUF file of model_type {shown(model_type)}; use another --file")
+    check_same(contents.config, table)
     tensors = Writer(contents, table).tensors()
     write_gguf(path, make_metadata(contents, table, tensors, options), tensors)

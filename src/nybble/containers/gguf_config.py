@@ -74,7 +74,7 @@ def to_keys(config: Mapping[str, Any], table: Architecture, vocabulary: int) -> 
     Raises InputError for a model that llama.cpp would run in another way, or not at all.
     """
     how, gguf = parts_of(table)
-    _check_same(config, table)
+    check_same(config, table)
     keys: dict[str, Value] = {}
     for key, (name, kind) in _keys(table).items():
         value = _stated(config, how, gguf, name)
@@ -109,7 +109,7 @@ def _stated(config: Mapping[str, Any], how: Decoding, gguf: Gguf, name: str) -> 
     raise InputError(f"config.json has no {name}, which a GGUF file of {gguf.architecture} needs")
 
 
-def _check_same(config: Mapping[str, Any], table: Architecture) -> None:
+def check_same(config: Mapping[str, Any], table: Architecture) -> None:
     """Raise InputError where llama.cpp would compute something else than the model."""
     how, gguf = parts_of(table)
     for key in (how.heads, how.width, how.layers):
@@ -127,8 +127,17 @@ def _check_same(config: Mapping[str, Any], table: Architecture) -> None:
     if how.window_alternates and windows != [i % 2 == 0 for i in range(len(windows))]:
         raise _other(gguf, "with a window in every other layer", "other layer_types")
     scale = config.get(how.query_scale) if how.query_scale else None
-    if scale is not None and scale != _stated(config, how, gguf, "head_dim"):
-        raise _other(gguf, f"with {how.query_scale} equal to the size of a head", shown(scale))
+    if scale is not None and scale != _query_scale(config, how, gguf):
+        raise _other(gguf, f"with {how.query_scale} {_query_scale(config, how, gguf)}", shown(scale))
+    if not how.positions:
+        _rotary_keys(config, how, gguf)
+
+
+def _query_scale(config: Mapping[str, Any], how: Decoding, gguf: Gguf) -> int:
+    """The number whose inverse square root llama.cpp scales scores by, where an architecture has a key for it."""
+    if config[how.layers] == gguf.widths_over_heads:
+        return int(config[how.width]) // int(config[how.heads])
+    return int(_stated(config, how, gguf, "head_dim"))
 
 
 def _other(gguf: Gguf, runs: str, asked: str) -> InputError:
@@ -293,7 +302,7 @@ def to_config(
     config["tie_word_embeddings"] = tied
     config.update(dict.fromkeys(how.activation, gguf.activations[0]))
     if how.query_scale:
-        config[how.query_scale] = _stated(config, how, gguf, "head_dim")
+        config[how.query_scale] = _query_scale(config, how, gguf)
     if not how.positions:
         config["rope_parameters"] = _rope_parameters(keys, config, how, gguf, factors)
     for part, target in IDS.items():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from nybble.containers.gguf_names import LEAVES, Place, find, order_of_rows, pla
 from nybble.containers.gguf_rebuild import stored_files
 from nybble.containers.gguf_tokenizer import no_tokenizer, tokenizer_keys
 from nybble.errors import InputError, shown
-from nybble.files.gguf import ALIGNMENT_KEY, BY_NAME, Tensor
+from nybble.files.gguf import ALIGNMENT_KEY, Tensor
 from nybble.files.gguf_blocks import LAYOUTS, join
 from nybble.files.gguf_values import Value
 from nybble.models.arch import Architecture
@@ -152,22 +153,16 @@ class Writer:
 
     def tensor(self, place: Place, leaf: str, name: str) -> Tensor:
         """One of them. Vectors and tables of positions are F32."""
-        inside = f"{place.name}{leaf}"
-        contents = self.contents
-        spec, shape = contents.packed[name] if name in contents.packed else (None, contents.floats[name][1])
-        if spec is None and place.transposed and len(shape) == 2:
+        packed = name in self.contents.packed
+        stored, shape = self.contents.packed[name] if packed else self.contents.floats[name]
+        kind = CASTS.get(stored, stored.upper()) if packed else stored
+        if place.transposed and len(shape) == 2 and not packed:
             shape = shape[::-1]
-        wide = len(shape) == 1 or place.name == "position_embd"
-        kind = "F32" if wide else CASTS.get(spec, spec.upper()) if spec is not None else contents.floats[name][0]
-        if len(shape) > 2 or (kind not in FLOAT_TAGS and kind.lower() not in LAYOUTS) or kind not in BY_NAME:
+        if len(shape) > 2 or (kind not in FLOAT_TAGS and kind.lower() not in LAYOUTS):
             raise InputError(f"tensor {shown(name)} is {kind} {list(shape)}, which a GGUF file cannot hold")
-        gain = self.gain_offset if len(shape) == 1 and leaf == ".weight" else np.float32(0)
-        make: Callable[[], NDArray[Any]]
-        if spec is not None:
-            make = lambda: self.packed(place, name, wide)  # noqa: E731  # called when it is written
-        else:
-            make = lambda: self.float(place, name, wide, gain)  # noqa: E731
-        return Tensor(inside, kind, tuple(shape), make)
+        wide = len(shape) == 1 or place.name == "position_embd"
+        make = partial(self.packed if packed else self.float, place, name, wide)
+        return Tensor(f"{place.name}{leaf}", "F32" if wide else kind, tuple(shape), make)
 
     def packed(self, place: Place, name: str, wide: bool) -> NDArray[Any]:
         """Bytes of a packed weight; as float32 where `wide`."""
@@ -180,10 +175,11 @@ class Writer:
         params = {suffix: array[order] for suffix, array in tensor.params.items()}
         return join(str(tensor.format), tensor.codes[order], params)
 
-    def float(self, place: Place, name: str, wide: bool, gain: np.float32) -> NDArray[Any]:
+    def float(self, place: Place, name: str, wide: bool) -> NDArray[Any]:
         """A float tensor as it lies in the file."""
         values = self.contents.read_float(name)
         if wide:
+            gain = self.gain_offset if values.ndim == 1 and name.endswith(".weight") else np.float32(0)
             values = widen(self.contents.floats[name][0], values, name) + gain
         if place.transposed and values.ndim == 2:
             values = values.T

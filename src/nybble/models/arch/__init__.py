@@ -95,8 +95,10 @@ class Gguf:
     rotated: frozenset[str] = frozenset()
     """Modules inside a block whose rows stand in pairs of neighbours, since llama.cpp turns these together."""
     window: Literal["", "used", "unused"] = ""
-    """What llama.cpp makes of a sliding window that is stated: "used"; "unused": every position sees all before it, so that a file
-    states no more context than the window. Empty: a model that has one is refused."""
+    """What llama.cpp makes of a sliding window that is stated: "used"; "unused": every position sees all before it, so that a
+    file states no more context than the window. Empty: a model that has one is refused."""
+    widths_over_heads: int = 0
+    """A model of just so many layers scales its scores by its width over its heads, not by a head's dimensions."""
     requires: tuple[tuple[str, object], ...] = ()
     """(key, value) that config.json must not contradict."""
 

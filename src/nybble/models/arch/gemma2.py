@@ -35,5 +35,6 @@ TABLE = Architecture(
         },
         keys={"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
         window="used",
+        widths_over_heads=46,  # the 27B model, whose keys do not tell
     ),
 )
