@@ -56,6 +56,9 @@ class Files(Mapping[str, bytes]):
             self._made[name] = self._makers[name]()
         return self._made[name]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's own would make the file
+        return name in self._makers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._makers)
 
