@@ -9,14 +9,11 @@ values, else the nearest. What was written is read again and compared, code for 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,8 +24,8 @@ from numpy.typing import NDArray
 from nybble.containers import find_container, open_contents
 from nybble.containers.contents import FLOAT_TAGS, Contents
 from nybble.containers.float import is_transposed
-from nybble.errors import NumericError, OutputError, UsageError, unknown_name
-from nybble.files.folder import check_output, new_folder
+from nybble.containers.saving import check_room, check_target, container_of, digest_of, save
+from nybble.errors import NumericError, UsageError
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.recast import Recast, compare, recast
 from nybble.methods import Method, parse_method
@@ -40,11 +37,8 @@ from nybble.plan import CAST_TAGS, Plan, Recipe, make_plan
 Progress = Callable[[str, int, int], None]
 """Called with (name of the tensor, tensors done, tensors in all)."""
 KINDS = {"token table": "embedding", "position table": "positions", "head": "head"}
-MARKER = "config.json"
 SAME = 1e-5
 """Squared error, as a share, below which a format counts as another one with its scales rounded: half of a half's last place."""
-ROOM = 1 << 20
-"""Bytes beside the tensors that an output may take: headers, a tokenizer."""
 
 
 @contextmanager
@@ -132,20 +126,10 @@ def convert(
     contents = source if isinstance(source, Contents) else open_contents(source)
     plan = make_plan(describe_contents(contents), Recipe(to, str(parsed), tuple(keep), tuple(rules))) if to else None
     work = _Work(contents, module, plan, parsed, progress)
-    result = work.contents(chosen)
-    _check_room(target, work.bytes)
-    if module.FOLDER:
-        with new_folder(target, force, marker=MARKER) as folder:
-            _write(module, folder, result, chosen, work)
-            size = sum(file.stat().st_size for file in folder.iterdir())
-    else:
-        size = _write_file(module, target, result, chosen, work)
+    result = work.contents()
+    check_room(target, work.bytes)
+    size = save(result, target, module.NAME, chosen, force, work.digests.__getitem__)
     return Conversion(target, module.NAME, tuple(work.steps[name] for name in (*result.packed, *result.floats)), size)
-
-
-def container_of(target: Path, container: str | None) -> str:
-    """The container's name where it is given, else what the target's name says: gguf for `.gguf`, nybble for a folder."""
-    return find_container(container or ("gguf" if target.suffix == ".gguf" else "nybble")).NAME
 
 
 def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
@@ -160,17 +144,6 @@ def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
         if all(parse_format(spec).is_cast for spec in specs) and not parse_format(str(row.format)).is_cast:
             found.append(row.tensor.name)
     return found
-
-
-def check_options(module: ModuleType, options: Mapping[str, str]) -> dict[str, str]:
-    """A container's options with their defaults. Raises UsageError for an unknown option or value."""
-    known: dict[str, tuple[tuple[str, ...], str]] = module.OPTIONS
-    for name, value in options.items():
-        if name not in known:
-            raise unknown_name(f"option of {module.NAME}", name, known)
-        if value not in known[name][0]:
-            raise UsageError(f"option {name} of {module.NAME} is {value!r}; it may be {', '.join(known[name][0])}")
-    return {name: options.get(name, values[0]) for name, (values, _) in known.items()}
 
 
 def describe_contents(contents: Contents) -> list[TensorInfo]:
@@ -257,7 +230,7 @@ class _Work:
         matrices = sum(parse_format(spec).stored_bits(self.shape(name)) // 8 for name, spec in self.specs.items())
         return matrices + sum(4 * int(np.prod(self.source.floats[name][1])) for name in self.tags)
 
-    def contents(self, options: Mapping[str, str]) -> Contents:
+    def contents(self) -> Contents:
         """What is written. A tensor is made when the container asks for it."""
         plan = (
             {"plan_hash": self.plan.hash, "format": self.plan.recipe.format, "method": self.plan.recipe.method}
@@ -350,7 +323,6 @@ class _Work:
             values = cast.tensor.stored()["values"].reshape(wide.shape)
             exact, error, energy = cast.exact, cast.error, cast.energy
         self._note(Step(name, values.shape, tag, self.tags[name], exact, error, energy))
-        self.digests[name] = sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
         return values
 
     def _note(self, step: Step) -> None:
@@ -386,70 +358,3 @@ def _holds(there: Format, fmt: Format) -> bool:
 
 def _spec_of(tag: str) -> str:
     return {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[tag]
-
-
-def digest_of(tensor: QTensor) -> str:
-    """SHA-256 of a tensor's format, codes and params."""
-    digest = sha256(f"{tensor.format} {tensor.shape} {tensor.activations}".encode())
-    for suffix, array in sorted(tensor.stored().items()):
-        digest.update(suffix.encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _write(module: ModuleType, path: Path, contents: Contents, options: Mapping[str, str], work: _Work) -> None:
-    """Write, read again, compare."""
-    module.write(path, contents, options)
-    again: Contents = module.read(path)
-    for name in contents.packed:
-        tensor = again.read_packed(name) if name in again.packed else None
-        if tensor is not None and digest_of(tensor) == work.digests[name]:
-            continue
-        if tensor is None and name in again.floats and parse_format(work.specs[name]).is_cast:
-            tag, values = again.floats[name][0], again.read_float(name)
-            flat = np.ascontiguousarray(values.T) if is_transposed(contents.config, name) else values
-            fmt = parse_format(_spec_of(tag))
-            if (
-                digest_of(QTensor(fmt, *fmt.from_storage({"values": np.ascontiguousarray(flat)}, work.shape(name))))
-                == work.digests[name]
-            ):
-                continue
-        raise OutputError(f"{path}: tensor {name} does not read back as it was written; nothing was kept; please report it")
-
-
-def _write_file(module: ModuleType, target: Path, contents: Contents, options: Mapping[str, str], work: _Work) -> int:
-    """A single file, under a temporary name until it has been read again."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as folder:
-            part = Path(folder) / target.name
-            _write(module, part, contents, options, work)
-            size = part.stat().st_size
-            os.replace(part, target)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    return size
-
-
-def check_target(container: str, target: Path, force: bool, options: Mapping[str, str]) -> dict[str, str]:
-    """The container's options with their defaults. Raises OutputError, before any work, where the target cannot become what the
-    container makes, and UsageError for an option that it has not."""
-    module = find_container(container)
-    chosen = check_options(module, options)
-    if module.FOLDER:
-        check_output(target, force, marker=MARKER)
-        return chosen
-    if target.is_dir():
-        raise OutputError(f"output {target} is a folder; {module.NAME} is one file: name it, for example {target / 'model.gguf'}")
-    if target.exists() and not force:
-        raise OutputError(f"output {target} exists; name another or add --force to replace it")
-    return chosen
-
-
-def _check_room(target: Path, size: int) -> None:
-    parent = next(path for path in target.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if free < size + ROOM:
-        raise OutputError(f"{target} takes about {(size + ROOM) / 1e6:,.0f} MB, {parent} has {free / 1e6:,.0f} MB free")

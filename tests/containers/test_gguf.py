@@ -15,7 +15,7 @@ import pytest
 from nybble.containers import Contents, gguf, open_contents
 from nybble.containers.gguf_config import LLAMA3
 from nybble.containers.gguf_names import order_back, order_of_rows
-from nybble.convert import digest_of
+from nybble.containers.saving import digest_of
 from nybble.errors import FileFormatError, InputError, UsageError
 from nybble.files.gguf import GgufFile, Tensor, write_gguf
 from nybble.files.gguf_blocks import LAYOUTS

@@ -11,7 +11,8 @@ import pytest
 
 from nybble import demo
 from nybble.containers import find_container, open_contents
-from nybble.convert import Conversion, convert, describe_contents, digest_of, stay_float
+from nybble.containers.saving import digest_of
+from nybble.convert import Conversion, convert, describe_contents, stay_float
 from nybble.errors import InputError, OutputError, UsageError
 from nybble.formats import parse_format
 from nybble.plan import Recipe

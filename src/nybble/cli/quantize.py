@@ -54,7 +54,8 @@ def run(
 ) -> None:
     """Check that the output can be written, quantize, save."""
     from nybble.calibrate.source import read_calibration
-    from nybble.convert import check_target, container_of, convert, stay_float
+    from nybble.containers.saving import check_target, container_of
+    from nybble.convert import convert, stay_float
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve

@@ -7,6 +7,7 @@ Hugging Face checkpoint has it (GPT-2's Conv1D [in, out]). Nothing is read befor
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
     if tag not in (*FLOAT_TAGS, "F64"):
         raise FileFormatError(f"tensor {name!r} is {tag}, where floats (F32, F16, BF16) belong")
-    return values.astype(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def check_texts(contents: Contents) -> None:
@@ -94,6 +95,13 @@ def read_extras(folder: Path) -> dict[str, bytes]:
 
 def write_extras(folder: Path, config: Mapping[str, Any], extras: Mapping[str, bytes]) -> None:
     """config.json and the files that go along."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, content in extras.items():
-        (folder / name).write_bytes(content)
+        _write_durably(folder / name, content)
+    _write_durably(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

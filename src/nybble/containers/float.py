@@ -14,7 +14,7 @@ from nybble.containers.contents import Contents, read_extras, write_extras
 from nybble.errors import FileFormatError, InputError
 from nybble.files.safetensors import SafetensorsFile
 from nybble.files.safetensors import write as write_safetensors
-from nybble.formats import Format, QTensor
+from nybble.formats import Format, QTensor, parse_format
 from nybble.models.arch import table_for
 from nybble.models.checkpoint import open_checkpoint
 
@@ -87,6 +87,17 @@ def float_matrix(contents: Contents, name: str) -> tuple[str, NDArray[Any]]:
         raise FileFormatError(f"tensor {name!r} is {tensor.format}, where a float belongs")
     values = tensor.stored()["values"]
     return tag, np.ascontiguousarray(values.T) if is_transposed(contents.config, name) else values
+
+
+def float_tensor(contents: Contents, name: str, spec: str) -> QTensor:
+    """A matrix that a container holds as plain floats, [out, in], as a tensor of the floating format `spec`. Raises
+    FileFormatError where it has another type."""
+    if TAGS[spec] != contents.floats[name][0]:
+        raise FileFormatError(f"tensor {name!r} is {contents.floats[name][0]}, not {TAGS[spec]}")
+    values = contents.read_float(name)
+    values = np.ascontiguousarray(values.T if is_transposed(contents.config, name) else values)
+    fmt = parse_format(spec)
+    return QTensor(fmt, *fmt.from_storage({"values": values}, (values.shape[0], values.shape[1])))
 
 
 def is_transposed(config: Mapping[str, Any], name: str) -> bool:
