@@ -70,7 +70,7 @@ def two_layers(spec: str) -> Contents:
 
 def written(name: str, contents: Contents, folder: Path, options: Mapping[str, str] | None = None) -> Path:
     """Contents as a folder of a container."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     find_container(name).write(folder, contents, options or {})
     return folder
 
