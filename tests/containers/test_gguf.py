@@ -352,6 +352,9 @@ def test_contents_without_a_place_in_a_file(folders: Callable[[str], Path], tmp_
     odd = dataclasses.replace(source, floats={**source.floats, "model.extra.weight": ("F32", (4,))})
     with pytest.raises(InputError, match=r"tensor 'model.extra.weight' has no place in a GGUF file of llama"):
         gguf.write(tmp_path / "a.gguf", odd, {})
+    lacking = dataclasses.replace(source, floats={n: facts for n, facts in source.floats.items() if "1.mlp.up" not in n})
+    with pytest.raises(InputError, match=r"has no tensor model.layers.1.mlp.up_proj.weight, which a GGUF file needs"):
+        gguf.write(tmp_path / "a.gguf", lacking, {})
     whole = dataclasses.replace(source, floats={**source.floats, "model.norm.weight": ("I32", (64,))})
     with pytest.raises(InputError, match=r"tensor 'model.norm.weight' is I32 \[64\], which a GGUF file cannot hold"):
         gguf.write(tmp_path / "a.gguf", whole, {})

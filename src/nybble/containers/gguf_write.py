@@ -131,13 +131,15 @@ class Writer:
         self.gain_offset = np.float32(how.gain_offset)
 
     def tensors(self) -> list[Tensor]:
-        """In the order of the architecture's table. Raises InputError for a tensor that has no place in a file."""
+        """In the order of the architecture's table. Raises InputError for a tensor that has no place in a file, or is missing."""
         contents = self.contents
         names = find((*contents.packed, *contents.floats), self.table)
         tied = contents.config.get("tie_word_embeddings", self.table.ties_by_default)
         head = self.table.tied[0] if self.table.tied and tied else None
         found = []
         for place in places(self.table, contents.config):
+            if f"{place.module}.weight" not in names and place.name != "output":
+                raise InputError(f"{contents.path} has no tensor {place.module}.weight, which a GGUF file needs")
             for leaf in LEAVES:
                 name = names.pop(f"{place.module}{leaf}", None)
                 if name is not None and not (place.module == head and leaf == ".weight"):
