@@ -31,10 +31,11 @@ build_wheel() {
   say "building llama-cpp-python $version; 5 to 10 minutes, once: the wheel is kept in $folder"
   # llama-cpp-python asks for llama.cpp's `common` library whatever is set before; a file that project() reads has the last word.
   echo 'set(LLAMA_BUILD_COMMON OFF)' >"$work/lean.cmake"
+  # Not through pip's own cache: whoever asks pip for this version elsewhere should get all of it.
   # shellcheck disable=SC2086  # the options are several words
   if ! PATH="$(cd "$venv" && pwd)/bin:$PATH" CMAKE_BUILD_PARALLEL_LEVEL=${JOBS:-$(nproc 2>/dev/null || echo 2)} \
     sh "$root/tools/with_compiler.sh" "$venv" "$venv/bin/python" -m pip --disable-pip-version-check wheel --quiet \
-    --retries 1 --timeout 20 --no-deps --no-build-isolation --no-binary llama-cpp-python --wheel-dir "$work" \
+    --no-cache-dir --retries 1 --timeout 20 --no-deps --no-build-isolation --no-binary llama-cpp-python --wheel-dir "$work" \
     $options -C "cmake.define.CMAKE_PROJECT_llama.cpp_INCLUDE=$work/lean.cmake" "llama-cpp-python==$version" >"$work/log" 2>&1; then
     mv "$work/log" "$folder/log"
     say "cannot build llama-cpp-python $version (it takes a package index and a C++ compiler); what was said is in $folder/log"
@@ -48,7 +49,8 @@ make_environment() {
   target=$2
   build_wheel "$venv"
   requirements=$root/tools/interop-requirements.txt
-  state=$(cat "$requirements" "$0" | cksum)$folder$root
+  gptqmodel=$root/tools/interop-gptqmodel.txt
+  state=$(cat "$requirements" "$gptqmodel" "$0" | cksum)$folder$root
   [ "$(cat "$target/.installed" 2>/dev/null)" != "$state" ] || return 0
   rm -rf "$target"
   "$venv/bin/python" -m venv "$target"
@@ -63,11 +65,14 @@ theirs = subprocess.run([f"{sys.argv[1]}/bin/python", "-c", where], check=True, 
 with open(f"{theirs}/venv.pth", "w", encoding="utf-8") as file:
     file.write(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
 LINK
-  if ! "$target/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --retries 1 --timeout 20 \
-    -r "$requirements" "$(wheel_in "$folder")"; then
+  say "installing other projects' readers into $target; a minute or two"
+  install="$target/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --retries 1 --timeout 20"
+  if ! $install -r "$requirements" "$(wheel_in "$folder")"; then
     say "cannot install the readers of $requirements; it takes a package index"
     return 1
   fi
+  $install -r "$gptqmodel" >"$target/gptqmodel.log" 2>&1 ||
+    say "could not install GPTQModel ($target/gptqmodel.log); tests that need it are skipped"
   echo "$state" >"$target/.installed"
 }
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ sys.path.insert(1, str(HERE.parent / "formats"))  # ggml's library and its layou
 from readers import data, make_qwen  # noqa: E402  # found beside this file
 
 from nybble import demo  # noqa: E402
+from nybble.convert import convert  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,3 +41,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def written(source: Callable[[str], Path]) -> Iterator[Callable[[str, str], Path]]:
+    """The GGUF file of a model by its name and a format or mix, written once."""
+    with tempfile.TemporaryDirectory(prefix="nybble-interop-") as root:
+
+        def get(model: str, spec: str) -> Path:
+            path = Path(root) / f"{model}-{spec.replace(':', '-')}.gguf"
+            if not path.exists():
+                convert(source(model), path, to=spec)
+            return path
+
+        yield get

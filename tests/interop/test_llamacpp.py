@@ -79,10 +79,9 @@ def some_text(model: str) -> str:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("spec", TYPES)
-def test_logits(spec: str, model: str, source: Callable[[str], Path], tmp_path: Path) -> None:
-    folder, path = source(model), tmp_path / "model.gguf"
-    convert(folder, path, to=spec)
-    ids = TextCodec.load(folder).encode(some_text(model))[:96]
+def test_logits(spec: str, model: str, source: Callable[[str], Path], written: Callable[[str, str], Path]) -> None:
+    path = written(model, spec)
+    ids = TextCodec.load(source(model)).encode(some_text(model))[:96]
     expected = Decoder.load(path, threads=2, exact=True).logits(ids)
     theirs = Llama(path)
     found = theirs.logits(ids)
@@ -96,10 +95,9 @@ def test_logits(spec: str, model: str, source: Callable[[str], Path], tmp_path: 
 
 @pytest.mark.parametrize("spec", ["fp16", "q8_0"])
 @pytest.mark.parametrize("model", PROMPTS)
-def test_greedy_text(spec: str, model: str, source: Callable[[str], Path], tmp_path: Path) -> None:
+def test_greedy_text(spec: str, model: str, written: Callable[[str, str], Path]) -> None:
     """64 tokens, one after another, for each of several prompts."""
-    path = tmp_path / "model.gguf"
-    convert(source(model), path, to=spec)
+    path = written(model, spec)
     ours, theirs, codec = Decoder.load(path, threads=1, exact=True), Llama(path), TextCodec.load(path)
     for prompt in PROMPTS[model] if spec == "q8_0" else PROMPTS[model] + TIES[model]:
         ids = codec.encode(prompt)
@@ -108,10 +106,9 @@ def test_greedy_text(spec: str, model: str, source: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.parametrize("model", TIES)
-def test_greedy_text_up_to_ties(model: str, source: Callable[[str], Path], tmp_path: Path) -> None:
+def test_greedy_text_up_to_ties(model: str, written: Callable[[str, str], Path]) -> None:
     """Where two tokens are nearly as likely, the rounding of activations decides; each of its choices is ours or nearly so."""
-    path = tmp_path / "model.gguf"
-    convert(source(model), path, to="q8_0")
+    path = written(model, "q8_0")
     ours, theirs, codec = Decoder.load(path, threads=1, exact=True), Llama(path), TextCodec.load(path)
     for prompt in TIES[model]:
         ids = codec.encode(prompt)
@@ -123,11 +120,10 @@ def test_greedy_text_up_to_ties(model: str, source: Callable[[str], Path], tmp_p
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_tokens(model: str, source: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tokens(model: str, source: Callable[[str], Path], written: Callable[[str, str], Path]) -> None:
     """Each line becomes the ids that the model's own tokenizer gives, and those become the line again."""
-    folder, path = source(model), tmp_path / "model.gguf"
-    convert(folder, path, to="q8_0")
-    original, theirs = Tokenizer.from_file(str(folder / "tokenizer.json")), Llama(path)
+    original = Tokenizer.from_file(str(source(model) / "tokenizer.json"))
+    theirs = Llama(written(model, "q8_0"))
     stories = "stories" in model
     if stories:
         lines = data("text", "tinystories", "validation_first1000.txt").read_text(encoding="utf-8").splitlines()
@@ -154,10 +150,8 @@ def test_tokens(model: str, source: Callable[[str], Path], tmp_path: Path) -> No
         ("tiny-qwen3", {"general.architecture": "qwen3", "qwen3.attention.key_length": "64"}),
     ],
 )
-def test_metadata(model: str, expected: dict[str, str], source: Callable[[str], Path], tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    convert(source(model), path, to="q4_k_m")
-    theirs = Llama(path)
+def test_metadata(model: str, expected: dict[str, str], written: Callable[[str, str], Path]) -> None:
+    theirs = Llama(written(model, "q4_k_m"))
     assert expected.items() <= theirs.metadata.items()
     assert theirs.metadata["general.quantization_version"] == "2"
     stories = "stories" in model
