@@ -32,6 +32,9 @@ EXACT = [
     ("int4:g32,asym", "int8:g32,asym"),
     ("int8:tensor", "int8:channel"),
     ("nf4:g64", "nf4:g32"),
+    ("int3:g64,asym", "q4_0"),  # codes less their zero points
+    ("int4:g32,asym", "q5_0"),
+    ("int6:g64,asym", "q8_0"),
     ("q4_0", "q4_1"),  # the shift is eight scales, a power of two
     ("int4:g64", "fp32"),
     ("q4_k", "fp32"),

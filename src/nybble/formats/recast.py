@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nybble import kernels
 from nybble.errors import NumericError
-from nybble.formats.base import Float32, Float64, Format, PackedFormat, slabs
+from nybble.formats.base import Codes, Float32, Float64, Format, PackedFormat, slabs, spread
 from nybble.formats.qtensor import QTensor
 
 THREADS = min(4, os.cpu_count() or 1)
@@ -114,8 +114,22 @@ def _carried(tensor: QTensor, fmt: Format) -> QTensor | None:
             return None
         offsets = (-given / scales if source.shifted else given) + step
     if not _has_offset(fmt):
-        return None if offsets.any() else QTensor(fmt, codes_there[tensor.codes], fmt.from_grid(scales, None), tensor.activations)
+        codes = codes_there[tensor.codes] if not offsets.any() else _without_zeros(tensor, fmt)
+        return None if codes is None else QTensor(fmt, codes, fmt.from_grid(scales, None), tensor.activations)
     return QTensor(fmt, codes_there[tensor.codes], fmt.from_grid(scales, offsets), tensor.activations)
+
+
+def _without_zeros(tensor: QTensor, fmt: Format) -> Codes | None:
+    """Codes of a format without offsets whose levels are this one's less its zero points; None where it has not all of them."""
+    source, columns = tensor.format, tensor.shape[1]
+    offset = source.grid(tensor.params)[1]
+    if offset is None or source.shifted:
+        return None
+    levels = source.levels[tensor.codes] - spread(offset, columns, source.block(columns))
+    order = np.argsort(fmt.levels, kind="stable")
+    ascending = fmt.levels[order]
+    at = np.searchsorted(ascending, levels).clip(max=len(ascending) - 1)
+    return order[at].astype(np.uint8) if np.array_equal(ascending[at], levels) else None
 
 
 def _moved_levels(levels: Float32, other: Float32) -> tuple[int, NDArray[np.uint8]] | None:
