@@ -155,7 +155,9 @@ OTHER: dict[str, Case] = {
     "attn_implementation": code(attn_implementation="evil/kernels"),
     "_attn_implementation": code(_attn_implementation="flash_attention_2"),
     "_attn_implementation_autoset that names something": code(_attn_implementation_autoset="evil/kernels"),
-    "auto_map in quantization_config": code(quantization_config={"quant_method": "nybble", "auto_map": {}}),
+    "auto_map in quantization_config": code(
+        quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True, "auto_map": {}}
+    ),
     "a pipe": Case("config", disk(pipe), "is no regular file", InputError),
     "a folder": Case(
         "config", disk(lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir())), "Is a directory", InputError

@@ -236,13 +236,13 @@ ARCHITECTURE_KEYS: dict[str, tuple[int, Any]] = {
     "llama.rope.freq_base": (F32, 10000.0),
     "llama.vocab_size": (U32, 48),
 }
-TOKENS = ["<unk>", "<s>", "</s>", *(f"\u2581t{i}" for i in range(45))]
+TOKENS = ["<unk>", "<s>", "</s>", "<0x0A>", *(f"\u2581t{i}" for i in range(44))]
 TOKENIZER_KEYS: dict[str, tuple[int, Any]] = {
     "tokenizer.ggml.model": (STRING, "llama"),
     "tokenizer.ggml.pre": (STRING, "default"),
     "tokenizer.ggml.tokens": (ARRAY, array(STRING, TOKENS)),
     "tokenizer.ggml.scores": (ARRAY, array(F32, [float(-i) for i in range(48)])),
-    "tokenizer.ggml.token_type": (ARRAY, array(I32, [2, 3, 3, *[1] * 45])),
+    "tokenizer.ggml.token_type": (ARRAY, array(I32, [2, 3, 3, 6, *[1] * 44])),
     "tokenizer.ggml.bos_token_id": (U32, 1),
     "tokenizer.ggml.eos_token_id": (U32, 2),
     "tokenizer.ggml.unknown_token_id": (U32, 0),
