@@ -153,6 +153,10 @@ WRONG: dict[str, tuple[Make, str]] = {
     "a score that is NaN": (keys(tokenizer_ggml_scores=(ARRAY, array(F32, [float("nan")] * 48))), "scores is missing or holds"),
     "no scores": (keys(tokenizer_ggml_scores=None), "scores is missing"),
     "a type of tokens too many": (keys(tokenizer_ggml_token_type=(ARRAY, array(I32, [1] * 49))), "an array of 48 numbers"),
+    "types of tokens are floats": (
+        keys(tokenizer_ggml_token_type=(ARRAY, array(F32, [float("nan")] * 48))),
+        "is an array of float32, not of whole numbers",
+    ),
     "types of tokens are one number": (keys(tokenizer_ggml_token_type=(U32, 1)), "an array of 48 numbers"),
     "a merge that is no pair": (byte_level(tokenizer_ggml_merges=(ARRAY, array(STRING, ["ab"]))), "is no pair of tokens"),
     "merges are numbers": (byte_level(tokenizer_ggml_merges=(ARRAY, array(U32, [1]))), "should be an array of texts"),

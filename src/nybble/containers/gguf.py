@@ -27,6 +27,7 @@ from nybble.errors import FileFormatError, InputError, UsageError, shown
 from nybble.files.gguf import MAGIC, GgufFile, write_gguf
 from nybble.files.gguf_blocks import LAYOUTS, split
 from nybble.files.json_strict import parse_object
+from nybble.files.opening import open_file
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.integer import Integer
 from nybble.models.arch import Architecture, table_for
@@ -49,9 +50,9 @@ LARGEST_EXPONENT = 252
 def recognizes(path: Path) -> bool:
     """Whether a file begins as GGUF files do."""
     try:
-        with open(path, "rb") as file:
-            return path.is_file() and file.read(4) == MAGIC
-    except OSError:
+        with open_file(path) as (file, _):
+            return file.read(4) == MAGIC
+    except InputError:
         return False
 
 

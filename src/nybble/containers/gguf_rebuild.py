@@ -149,6 +149,8 @@ def _bytes(value: Mapping[str, Any]) -> bytes:
 def _tokens(keys: Keys) -> tuple[tuple[str, ...], list[int]]:
     tokens = keys.texts(f"{PREFIX}tokens")
     types = keys.numbers(f"{PREFIX}token_type", len(tokens))
+    if types is not None and types.dtype.kind not in "iu":
+        raise FileFormatError(f"{keys.where}: key {PREFIX}token_type is an array of {types.dtype}, not of whole numbers")
     if len(set(tokens)) != len(tokens):
         raise FileFormatError(f"{keys.where}: a token stands twice in {PREFIX}tokens")
     return tokens, [NORMAL] * len(tokens) if types is None else [int(kind) for kind in types]

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from nybble.containers.contents import FLOAT_TAGS, Contents, read_extras, widen, write_extras
 from nybble.containers.float import float_matrix, is_transposed
-from nybble.errors import FileFormatError, UsageError, shown
-from nybble.files.json_strict import parse_object
+from nybble.errors import FileFormatError, InputError, UsageError, shown
+from nybble.files.json_strict import parse_object, read_object
 from nybble.files.safetensors import SafetensorsFile
 from nybble.files.safetensors import write as write_safetensors
 from nybble.files.safetensors_header import Entry
@@ -159,10 +159,9 @@ class Folder:
 def says(path: Path, method: str) -> bool:
     """Whether a folder's config.json names a quantization method. Raises nothing."""
     try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        entry = read_object(path / "config.json").get("quantization_config")
+    except InputError:
         return False
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
     return isinstance(entry, dict) and entry.get("quant_method") == method
 
 

@@ -25,7 +25,7 @@ from nybble.engine.program import Linear, Program, make_program
 from nybble.engine.runner import MOST_ROWS, Runner, make_runner
 from nybble.engine.sampling import Sampling, choose
 from nybble.engine.weights import Weights
-from nybble.errors import InputError, NumericError, UsageError, unknown_name
+from nybble.errors import InputError, NumericError, NybbleError, UsageError, unknown_name
 from nybble.files.json_strict import parse_object
 from nybble.models.arch import table_for
 
@@ -90,7 +90,12 @@ class Decoder:
         program = make_program(contents.config, weights.shape_of)
         context = program.context if context is None else _whole("context", context, 1, program.context)
         ends = _end_tokens(contents, program.vocabulary)
-        runner = make_runner(program, weights, threads, exact, cache)
+        try:
+            runner = make_runner(program, weights, threads, exact, cache)
+        except ValueError as error:  # of the C++ side: matrices that do not fit each other
+            if isinstance(error, NybbleError):
+                raise
+            raise InputError(f"{contents.path} is no model that can run: {error}") from error
         return cls(program, runner, weights, threads=threads, exact=exact, cache=cache, context=context, end_tokens=ends)
 
     @property
