@@ -163,7 +163,7 @@ def test_broken_provenance(text: str, folder: Path) -> None:
     file = SafetensorsFile(folder / WEIGHTS)
     tags = {name: entry.dtype for name, entry in file.entries.items()}
     write(folder / WEIGHTS, {name: file.read(name).copy() for name in file.entries}, {"nybble": text}, tags)
-    with pytest.raises(FileFormatError, match="its provenance (is|holds)"):
+    with pytest.raises(FileFormatError, match=r"its provenance (is|holds)"):
         open_native(folder)
 
 
