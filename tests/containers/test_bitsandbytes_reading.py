@@ -114,6 +114,22 @@ def test_broken_8_bit_folders(name: str, tmp_path: Path) -> None:
         BNB.read(folder)
 
 
+@pytest.mark.parametrize(("value", "message"), [(np.inf, "holds 64 values that are not finite"), (3.4e38, "beyond the largest")])
+def test_int8_scales_that_give_no_values(value: float, message: str, tmp_path: Path) -> None:
+    contents = model({QUERY: BNB.settle(rounded("int8:channel", (64, 128)))})
+    folder = written("bitsandbytes", contents, tmp_path / "out")
+    found = BNB.read(changed(folder, put(f"{STEM}SCB", "F32", np.full(64, value, np.float32))))
+    with pytest.raises(FileFormatError, match=message):
+        found.read_packed(QUERY)
+
+
+def test_nested_scales_that_give_no_values(tmp_path: Path) -> None:
+    folder = written("bitsandbytes", model({QUERY: rounded("nf4:g64,dq", (64, 128))}), tmp_path / "out")
+    changed(folder, put(f"{QUERY}.nested_absmax", "F32", np.full(1, 3.4e38, np.float32)))
+    with pytest.raises(FileFormatError, match="gives values beyond the largest float32"):
+        BNB.read(changed(folder, state(nested_offset=3.4e38))).read_packed(QUERY)
+
+
 def test_scales_that_are_no_float16(tmp_path: Path) -> None:
     contents = model({QUERY: rounded("nf4:g64", (64, 128))})
     folder = written("bitsandbytes", contents, tmp_path / "out")

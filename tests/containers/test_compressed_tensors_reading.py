@@ -114,6 +114,18 @@ def test_values_beyond_their_bits(tmp_path: Path) -> None:
         CT.read(folder).read_packed(QUERY)
 
 
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "holds 1 values that are not finite"), (3e38, "beyond the largest")])
+    ("value", "message"), [(np.nan, "holds 1 values that are not finite"), (3e38, "beyond the largest float32")]
+)
+def test_scales_that_give_no_values(value: float, message: str, tmp_path: Path) -> None:
+    folder = written("compressed-tensors", model({QUERY: rounded("int8:channel", (20, 64))}), tmp_path / "out")
+    scale = np.full((20, 1), 0.5, np.float32)
+    scale[7] = value
+    contents = CT.read(changed(folder, put("weight_scale", "F32", scale)))
+    with pytest.raises(FileFormatError, match=message):
+        contents.read_packed(QUERY)
+
+
 def test_one_scale_for_the_matrix(tmp_path: Path) -> None:
     """Strategy tensor, with a scale of shape [1]: read, and written as one for each row."""
     contents = model({QUERY: with_inputs(rounded("int8:channel", (20, 64)), SCHEMES[0])})

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents
 from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, one_setting, says, write_folder
+from nybble.containers.integers import check_range
 from nybble.errors import NumericError, UsageError, shown
 from nybble.files.json_strict import parse_object
 from nybble.formats import Format, QTensor, parse_format
@@ -134,6 +135,7 @@ def _read_eight(folder: Folder) -> Contents:
     def tensor(name: str) -> QTensor:
         codes = folder.read(name).view(np.uint8) ^ np.uint8(128)
         scale = folder.scales(f"{name.removesuffix('.weight')}.SCB")[:, None] / TOP
+        check_range(scale, 128)
         return QTensor(parse_format("int8:channel"), codes, {"scale": scale}, scheme)
 
     return folder.contents(NAME, packed, used, tensor, dict.fromkeys(packed, scheme))
@@ -252,7 +254,10 @@ def _raw_scales(params: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
     """Nested scales as bitsandbytes computes them: below zero where rounding took them there."""
     codes = params["scale_codes"]
     nested = np.repeat(params["scale_scale"], NESTED_BLOCK)[: codes.size].reshape(codes.shape)
-    return dynamic_levels()[codes] * nested + params["scale_offset"][0]
+    with np.errstate(over="ignore"):
+        scales = dynamic_levels()[codes] * nested + params["scale_offset"][0]
+    check_range(scales, 1)
+    return scales
 
 
 def _block(fmt: Format) -> int:

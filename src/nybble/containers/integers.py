@@ -47,6 +47,7 @@ def tensor_of(
     _, blocks = fmt.blocks((codes.shape[0], codes.shape[1]))
     times = 1 if group == WHOLE_ROW else max(1, group // fmt.block(codes.shape[1]))
     wide = np.repeat(scale, times, axis=1)[:, :blocks]
+    check_range(wide, float(np.abs(fmt.levels).max()))
     zeros = None if zero is None else np.repeat(zero, times, axis=1)[:, :blocks].astype(np.float64)
     params = fmt.from_grid(wide.astype(np.float64), zeros)
     kept = params["scale"].astype(np.float32)
@@ -57,6 +58,13 @@ def tensor_of(
             f"in which {fmt} keeps its scales"
         )
     return QTensor(fmt, codes, params)
+
+
+def check_range(scale: NDArray[np.float32], levels: float) -> None:
+    """Raise ValueError for scales [N, groups] that give infinite values with levels up to this magnitude."""
+    largest = float(np.abs(scale).max(initial=0))
+    if not largest * levels <= float(np.finfo(np.float32).max):
+        raise ValueError(f"scale {largest:.5g} gives values beyond the largest float32")
 
 
 def grid_of(tensor: QTensor) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
