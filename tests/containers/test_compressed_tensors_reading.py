@@ -115,8 +115,6 @@ def test_values_beyond_their_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "holds 1 values that are not finite"), (3e38, "beyond the largest")])
-    ("value", "message"), [(np.nan, "holds 1 values that are not finite"), (3e38, "beyond the largest float32")]
-)
 def test_scales_that_give_no_values(value: float, message: str, tmp_path: Path) -> None:
     folder = written("compressed-tensors", model({QUERY: rounded("int8:channel", (20, 64))}), tmp_path / "out")
     scale = np.full((20, 1), 0.5, np.float32)
