@@ -51,7 +51,7 @@ test-all: setup
 # Beside tests/interop those tests of formats and containers that skip where another project's library is missing.
 interop: setup
 	@sh tools/interop.sh environment $(VENV) $(INTEROP)
-	NYBBLE_INTEROP=1 $(INTEROP)/bin/python -m pytest tests/interop \
+	NYBBLE_INTEROP=1 $(INTEROP)/bin/python -m pytest -n 2 --dist loadfile tests/interop \
 	  $$(grep -lE 'importorskip|ggml_library' tests/formats/test_*.py tests/containers/test_*.py) --durations 10 --durations-min 3
 
 check: setup

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from decoders import names, rows_there, values_of
 from ggml_layout import SIZES, pack, unpack
 from llama import quantize
-from numpy.typing import NDArray
 from readers import MODELS, data, reader
 
 from nybble.containers import open_contents
@@ -27,33 +27,12 @@ QUANTIZES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 FILE_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
-def names(config: Mapping[str, Any]) -> Callable[[str], str]:
-    """Name of a checkpoint's tensor -> its name in a GGUF file, by gguf-py."""
-    number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == config["model_type"])
-    table = gguf.get_tensor_name_map(number, config.get("num_hidden_layers") or config["n_layer"])
-    return lambda name: str(table.get_name(name, try_suffixes=(".weight", ".bias")))
-
-
-def rows_there(name: str, config: Mapping[str, Any], values: NDArray[Any]) -> NDArray[Any]:
-    """Rows as llama.cpp's converter orders them: those of Llama's queries and keys turn in pairs."""
-    part = name.split(".")[-2]
-    if config["model_type"] != "llama" or part not in ("q_proj", "k_proj"):
-        return values
-    heads = config["num_attention_heads" if part == "q_proj" else "num_key_value_heads"]
-    return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
 def tensors_of(path: Path) -> dict[str, Any]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
 def raw(tensors: Mapping[str, Any]) -> dict[str, tuple[str, bytes]]:
     return {name: (tensor.tensor_type.name, tensor.data.tobytes()) for name, tensor in tensors.items()}
-
-
-def values_of(tensor: Any) -> NDArray[np.float32]:
-    found: NDArray[np.float32] = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-    return found
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,14 +1,13 @@
 """transformers opens the folders that we write of real models: weights to the bit, logits as our own loader's.
 
 bitsandbytes, compressed-tensors and GPTQModel decode in their own code. Where GPTQModel is not installed, the GPTQ and AWQ
-folders are decoded by the few lines below, which follow the formats' descriptions and none of our code. tests/containers tries
-the same on small shapes of every kind.
+folders are decoded by a few lines (decoders.py) that follow the formats' descriptions and none of our code. tests/containers
+tries the same on small shapes of every kind.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decoders import decoded
 from numpy.typing import NDArray
 from readers import reader
 
@@ -102,29 +102,6 @@ def test_transformers(container: str, spec: str, model: str, source: Callable[[s
     assert float((found - expected).abs().max()) <= bound * float(expected.abs().max())
 
 
-def words(packed: NDArray[np.int32], bits: int) -> NDArray[np.int64]:
-    """[R, W] of words -> [R, W * 32 / bits] of fields, the lowest first."""
-    fields = packed.astype(np.int64)[..., None] >> np.arange(0, 32, bits)
-    return (fields & (2**bits - 1)).reshape(len(packed), -1)
-
-
-def decoded_gptq(part: Callable[[str], NDArray[Any]], settings: dict[str, Any]) -> NDArray[np.float32]:
-    """[out, in] of a layer: qweight is packed along the rows of [in, out], qzeros along its columns, less one in version 1."""
-    bits, one = settings["bits"], int(settings["checkpoint_format"] == "gptq")
-    codes, zeros = words(part("qweight").T, bits).T, words(part("qzeros"), bits) + one
-    group = part("g_idx")
-    return ((codes - zeros[group]) * part("scales").astype(np.float32)[group]).T.astype(np.float32)
-
-
-def decoded_awq(part: Callable[[str], NDArray[Any]], settings: dict[str, Any]) -> NDArray[np.float32]:
-    """[out, in] of a layer: both are packed along the columns of [in, out], eight of which stand in the order 0 2 4 6 1 3 5 7."""
-    order = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])
-    codes, zeros = (words(part(name), 4).reshape(len(part(name)), -1, 8)[..., order] for name in ("qweight", "qzeros"))
-    codes, zeros = codes.reshape(len(codes), -1), zeros.reshape(len(zeros), -1)
-    group = np.arange(len(codes)) // settings["group_size"]
-    return ((codes - zeros[group]) * part("scales").astype(np.float32)[group]).T.astype(np.float32)
-
-
 @pytest.mark.parametrize(
     ("container", "spec", "model"),
     [
@@ -135,15 +112,9 @@ def decoded_awq(part: Callable[[str], NDArray[Any]], settings: dict[str, Any]) -
     ],
 )
 def test_by_the_description(container: str, spec: str, model: str, source: Callable[[str], Path], tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-
     folder = case_of(container, spec, model, source, tmp_path)
-    contents, arrays = open_contents(folder), load_file(folder / "model.safetensors")
-    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    contents, found = open_contents(folder), decoded(folder)
     assert contents.packed
+    assert found.keys() == contents.packed.keys()
     for name in contents.packed:
-        stem = name.removesuffix("weight")
-        decode = decoded_gptq if container == "gptq" else decoded_awq
-        np.testing.assert_array_equal(
-            decode(lambda part, stem=stem: arrays[f"{stem}{part}"], settings), contents.read_packed(name).decode()
-        )
+        np.testing.assert_array_equal(found[name], contents.read_packed(name).decode())
