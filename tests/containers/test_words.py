@@ -8,7 +8,7 @@ from hf_contents import bits_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nybble.containers.words import deinterleave, interleave, pack_words, unpack_words
+from nybble.containers.words import pack_eights, pack_words, unpack_eights, unpack_words
 
 
 def test_words_of_4_bits_by_hand() -> None:
@@ -32,7 +32,16 @@ def test_words_of_any_shape(bits: int, rows: int, columns: int, seed: int) -> No
     assert words.shape == (rows, -(-columns * bits // 32))
     assert bits_of(words[0])[: columns * bits] == [(int(code) >> i) & 1 for code in codes[0] for i in range(bits)]
     assert np.array_equal(unpack_words(words, columns, bits), codes)
-    wide = np.repeat(codes, 8, axis=1)
-    assert np.array_equal(deinterleave(interleave(wide)), wide)
     with pytest.raises(ValueError, match="words a row"):
         unpack_words(words, columns + 32, bits)
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_eights_of_any_shape(eights: int, columns: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(0, 16, (8 * eights, columns)).astype(np.uint8)
+    words = pack_eights(codes)
+    assert words.shape == (columns, eights)
+    nibbles = [int(words.view(np.uint32)[-1, -1]) >> 4 * i & 15 for i in range(8)]
+    assert nibbles == codes[-8:, -1][[0, 2, 4, 6, 1, 3, 5, 7]].tolist()
+    assert np.array_equal(unpack_eights(words), codes)

@@ -22,7 +22,7 @@ import numpy as np
 from nybble.containers.contents import Contents
 from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, one_setting, says, skipped, write_folder
 from nybble.containers.integers import WHOLE_ROW, grid_of, halves, nearest, settled, spec_of, tensor_of
-from nybble.containers.words import deinterleave, interleave, pack_words, unpack_words
+from nybble.containers.words import pack_eights, unpack_eights
 from nybble.errors import UsageError, shown
 from nybble.formats import Format, QTensor, parse_format
 
@@ -77,11 +77,11 @@ def read(path: Path) -> Contents:
     packed = {f"{module}.weight": describe(module) for module in folder.modules("qweight")}
 
     def tensor(name: str) -> QTensor:
-        spec, (rows, _) = packed[name]
+        spec = packed[name][0]
         module = name.removesuffix(".weight")
-        codes = deinterleave(unpack_words(folder.read(f"{module}.qweight"), rows, BITS)).T
-        zero = deinterleave(unpack_words(folder.read(f"{module}.qzeros"), rows, BITS)).T if spec.endswith(",asym") else None
-        return tensor_of(parse_format(spec), np.ascontiguousarray(codes), group, folder.scales(f"{module}.scales").T, zero)
+        codes = unpack_eights(folder.read(f"{module}.qweight"))
+        zero = unpack_eights(folder.read(f"{module}.qzeros")) if spec.endswith(",asym") else None
+        return tensor_of(parse_format(spec), codes, group, folder.scales(f"{module}.scales").T, zero)
 
     used = {f"{name.removesuffix('weight')}{part}" for name in packed for part in PARTS}
     for module in folder.modules("g_idx"):
@@ -103,8 +103,8 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
         tensor = contents.read_packed(name)
         module = name.removesuffix(".weight")
         scale, zero = grid_of(tensor)
-        arrays[f"{module}.qweight"] = "I32", pack_words(interleave(np.ascontiguousarray(tensor.codes.T)), BITS)
-        arrays[f"{module}.qzeros"] = "I32", pack_words(interleave(np.ascontiguousarray(zero.T)), BITS)
+        arrays[f"{module}.qweight"] = "I32", pack_eights(tensor.codes)
+        arrays[f"{module}.qzeros"] = "I32", pack_eights(zero)
         arrays[f"{module}.scales"] = "F16", np.ascontiguousarray(halves(scale, name, NAME).T)
     settings: dict[str, Any] = {
         "quant_method": NAME,

@@ -241,11 +241,9 @@ class _State:
             "scale_scale": self.folder.scales(f"{self.name}.nested_absmax"),
             "scale_offset": np.array([self.offset], np.float32),
         }
-        below = np.repeat(_raw_scales(params) < 0, self.block, axis=1)
-        if (below & (self.format.levels[codes] != 0)).any():
+        if turned := _turned_blocks(params, codes, self.format):
             raise ValueError(
-                f"{int(below.sum()) // self.block} of its nested scales come out below zero, which turns signs; "
-                "scales of dq here are never below"
+                f"{turned} of its nested scales come out below zero, which turns signs; scales of dq here are never below"
             )
         return QTensor(self.format, codes, params)
 
@@ -258,6 +256,14 @@ def _raw_scales(params: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         scales = dynamic_levels()[codes] * nested + params["scale_offset"][0]
     check_range(scales, 1)
     return scales
+
+
+def _turned_blocks(params: Mapping[str, NDArray[Any]], codes: NDArray[Any], fmt: Format) -> int:
+    """Blocks that are multiplied with a nested scale below zero, unless all they hold is zeros."""
+    below = _raw_scales(params) < 0
+    rows, places = np.nonzero(below)
+    blocks = codes.reshape(*below.shape, -1)[rows, places]
+    return int((fmt.levels[blocks] != 0).any(axis=1).sum())
 
 
 def _block(fmt: Format) -> int:
@@ -335,8 +341,7 @@ def _four(name: str, tensor: QTensor, dtype: str) -> dict[str, Tagged]:
         f"{name}.quant_map": ("F32", fmt.levels),
     }
     if fmt.double_quantized:
-        below = np.repeat(_raw_scales(params) < 0, _block(fmt), axis=1)
-        if (below & (fmt.levels[tensor.codes] != 0)).any():
+        if _turned_blocks(params, tensor.codes, fmt):
             raise NumericError(f"{name}: a scale comes out below zero under double quantization, where bitsandbytes turns signs; "
                                f"use {fmt.name}:g{fmt.granularity} without dq")  # fmt: skip
         offset = float(params["scale_offset"][0])

@@ -15,8 +15,8 @@ from nybble.formats import parse_format
 Codes = NDArray[np.uint8]
 Words = NDArray[np.int32]
 WORD_BITS = 32
-ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
-"""AWQ: the i-th nibble of a word holds this one of its eight columns."""
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""AWQ: the i-th nibble of a word holds this one of its eight rows."""
 
 
 def word_count(columns: int, bits: int) -> int:
@@ -43,11 +43,18 @@ def unpack_words(words: Words, columns: int, bits: int) -> Codes:
     return fmt.from_storage({"codes": packed}, (words.shape[0], columns))[0].astype(np.uint8, copy=False)
 
 
-def interleave(codes: Codes) -> Codes:
-    """Codes [R, C], C a multiple of 8, with the columns of each eight in the order in which AWQ packs them."""
-    return np.ascontiguousarray(codes.reshape(len(codes), -1, len(ORDER))[:, :, ORDER]).reshape(codes.shape)
+def pack_eights(codes: Codes) -> Words:
+    """int32 [C, R/8] of 4-bit codes uint8 [R, C], R a multiple of 8: turned, and packed as AWQ does."""
+    turned = np.empty((codes.shape[1], codes.shape[0]), np.uint8)
+    for place, row in enumerate(ORDER):
+        turned[:, place::8] = codes[row::8].T
+    return pack_words(turned, 4)
 
 
-def deinterleave(codes: Codes) -> Codes:
-    """Undoes `interleave`."""
-    return np.ascontiguousarray(codes.reshape(len(codes), -1, len(ORDER))[:, :, np.argsort(ORDER)]).reshape(codes.shape)
+def unpack_eights(words: Words) -> Codes:
+    """uint8 [R, C]: undoes `pack_eights`."""
+    turned = unpack_words(words, 8 * words.shape[1], 4)
+    codes = np.empty((turned.shape[1], turned.shape[0]), np.uint8)
+    for place, row in enumerate(ORDER):
+        codes[row::8] = turned[:, place::8].T
+    return codes
