@@ -254,6 +254,11 @@ class _Work:
         asked = self._asked(name)
         fmt = parse_format(asked)
         specs = _specs(self.module, self.source, name, fmt, self.shape(name), asked=name in self.wanted)
+        if all(parse_format(spec).is_cast for spec in specs):  # floats stay of the type they are, or that of the model
+            tag = self.source.floats[name][0] if name in self.source.floats else self.source.float_tag
+            specs = tuple(sorted(specs, key=lambda spec: spec != _spec_of(tag)))
+            if name in self.source.floats and not fmt.is_cast:
+                return specs[0]
         if len(specs) == 1 or str(fmt) in specs:
             return str(fmt) if str(fmt) in specs else specs[0]
         tensor = self._given(name, asked)  # codes that are there already: cheap to try
