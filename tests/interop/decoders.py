@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from readers import reader
 
+gguf, bnb, _ = (reader(name) for name in ("gguf", "bitsandbytes", "compressed_tensors"))
 Weight = NDArray[np.float32]
 Part = Callable[[str], NDArray[Any]]
 PARTS = {"gptq": "qweight", "awq": "qweight", "compressed-tensors": "weight_scale", "bitsandbytes": "weight"}
@@ -28,7 +30,6 @@ def decoded(path: Path) -> dict[str, Weight]:
 
 def names(config: Mapping[str, Any]) -> Callable[[str], str]:
     """Name of a checkpoint's tensor -> its name in a GGUF file, by gguf-py."""
-    gguf = reader("gguf")
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == config["model_type"])
     table = gguf.get_tensor_name_map(number, config.get("num_hidden_layers") or config["n_layer"])
     return lambda name: str(table.get_name(name, try_suffixes=(".weight", ".bias")))
@@ -56,7 +57,7 @@ def rows_here(name: str, config: Mapping[str, Any], values: NDArray[Any]) -> NDA
 
 def values_of(tensor: Any) -> Weight:
     """float32 of a tensor of gguf-py's reader."""
-    found: Weight = reader("gguf").quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+    found: Weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
     return found
 
 
@@ -66,7 +67,7 @@ def decoded_gguf(path: Path) -> dict[str, Weight]:
 
     contents = open_contents(path)
     there = names(contents.config)
-    tensors = {tensor.name: tensor for tensor in reader("gguf").GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     return {name: rows_here(name, contents.config, values_of(tensors[there(name)])) for name in contents.packed}
 
 
@@ -116,17 +117,15 @@ def bitsandbytes(parts: Mapping[str, Any], settings: Mapping[str, Any]) -> Weigh
     if "SCB" in parts:
         wide = parts["weight"].numpy().astype(np.float32) * parts["SCB"].numpy()[:, None]
         return (wide * np.float32(1 / 127)).astype(np.float32)
-    functional = reader("bitsandbytes").functional
     stored = {name.removeprefix("weight."): tensor for name, tensor in parts.items() if name.startswith("weight.")}
-    state = functional.QuantState.from_dict(stored, device="cpu")
-    state.dtype = reader("torch").float32
-    found: Weight = functional.dequantize_4bit(parts["weight"], state).numpy()
+    state = bnb.functional.QuantState.from_dict(stored, device="cpu")
+    state.dtype = torch.float32
+    found: Weight = bnb.functional.dequantize_4bit(parts["weight"], state).numpy()
     return found
 
 
 def compressed_tensors(parts: Mapping[str, Any], settings: Mapping[str, Any]) -> Weight:
     """The library's own decompressor."""
-    reader("compressed_tensors")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
