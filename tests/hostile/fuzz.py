@@ -219,14 +219,15 @@ class Worker:
             for seed in chosen:
                 with contextlib.suppress(NybbleError):
                     try_one(seed, True)
-        self.resident = _resident()
+        self.resident = 0
+        """Bytes in memory when the limit was last said."""
 
     def limit(self) -> None:
-        """From here on a mutant that takes too much memory gets a MemoryError."""
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        """From here on a mutant that takes too much memory gets a MemoryError. Said again now and then: what a process holds
+        grows a little by what mutants are made of."""
+        pages, self.resident = (int(n) * mmap.PAGESIZE for n in Path("/proc/self/statm").read_text().split()[:2])
         largest = max(len(seed.data) for seeds in self.seeds.values() for seed in seeds)
-        most = pages * mmap.PAGESIZE + ROOM + TIMES * largest
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_AS, (pages + ROOM + TIMES * largest, resource.RLIM_INFINITY))
 
     def run(self, seed: int, start: int, stop: int, step: int) -> None:
         """Every mutant of a share; failures are printed as they come, counts at the end."""
@@ -237,6 +238,7 @@ class Worker:
                 self._one(chosen, index, len(data))
             if self.counts.total() == 1000:
                 self._tell()
+                self.limit()
         self._tell()
 
     def _tell(self) -> None:
@@ -292,7 +294,7 @@ class Result:
     traced: tuple[int, int] = (0, -1)
     """Bytes allocated at once, number of the mutant."""
     resident: int = 0
-    """Bytes by which the memory of a worker ever grew."""
+    """Bytes by which the memory of a worker grew at most over a thousand mutants."""
     seconds: float = 0.0
 
     @property
@@ -308,7 +310,8 @@ class Result:
             f"crashes {len(self.crashes)}, hangs {len(self.hangs)}, other errors or too much memory {len(self.failures)}",
             f"longest {self.longest[0] * 1000:.0f} ms (mutant {self.longest[1]})",
             f"highest allocation {self.traced[0] / 2**20:.1f} MiB (of every {TRACED}th mutant), "
-            f"memory of a worker grew by {self.resident / 2**20:.1f} MiB in all; the limit is {ROOM >> 20} MiB",
+            f"memory of a worker never grew by more than {self.resident / 2**20:.1f} MiB over a thousand; "
+            f"the limit is {ROOM >> 20} MiB",
             ", ".join(f"{name} {count}" for name, count in sorted(self.counts.items())),
         ]
         bad = [("crash", self.crashes), ("hang", self.hangs), ("failure", self.failures)]

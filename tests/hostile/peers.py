@@ -221,8 +221,8 @@ def kind_of(name: str, case: Case) -> str:
     """The row of the table that a case belongs to: what only containers of nybble's are asked is apart, and so is what a reader
     of the format alone need not see."""
     short = name.removeprefix(f"{case.kind}: ")
-    if "config.json" in short or "provenance" in short:
-        return "containers" if case.kind == "gguf" else case.kind
+    if case.kind == "gguf" and ("config.json" in short or "provenance" in short):  # keys of nybble's own
+        return "containers"
     if case.kind == "gguf":
         return FORMAT if short in bad_gguf.CASES else MODEL
     return "containers" if short in bad_containers.CASES and case.kind == "config" else case.kind

@@ -39,8 +39,8 @@ WHOLE = {
 """Key -> the largest whole number from 1 on; null and absent say nothing."""
 POSITIVE = ("rope_theta", "query_pre_attn_scalar")
 """Numbers above 0."""
-ROTARY_MOST = 1e12
-"""Of any number that describes rotary positions."""
+SMALLEST, LARGEST = 1e-6, 1e12
+"""Of these, and of any number that describes rotary positions: beyond them float32 overflows."""
 
 
 def check_config(config: Mapping[str, Any], where: str | Path) -> None:
@@ -106,7 +106,7 @@ def _check_numbers(config: Mapping[str, Any], how: Decoding, where: str | Path) 
         raise _wrong(where, how.width, width, f"a multiple of {how.heads} {heads}")
     for key in (*POSITIVE, how.score_cap, how.logit_cap):
         if key and config.get(key) is not None:
-            _number(where, key, config[key], 0.0, ROTARY_MOST)
+            _number(where, key, config[key], SMALLEST, LARGEST)
     if how.eps and how.eps in config:
         _number(where, how.eps, config[how.eps], 0.0, 1.0)
     last = config.get("max_window_layers")
@@ -119,7 +119,7 @@ def _check_numbers(config: Mapping[str, Any], how: Decoding, where: str | Path) 
 
 def _check_rotary(config: Mapping[str, Any], where: str | Path) -> None:
     if config.get("partial_rotary_factor") is not None:
-        _number(where, "partial_rotary_factor", config["partial_rotary_factor"], 0.0, 1.0)
+        _number(where, "partial_rotary_factor", config["partial_rotary_factor"], SMALLEST, 1.0)
     for key in ("rope_parameters", "rope_scaling"):
         settings = config.get(key)
         if settings is None:
@@ -130,15 +130,15 @@ def _check_rotary(config: Mapping[str, Any], where: str | Path) -> None:
         for part in parts:
             for name, value in part.items():
                 if name in ("rope_type", "type"):
-                    if not isinstance(value, str | None):
-                        raise _wrong(where, f"{key}.{shown(name)}", value, "a text")
+                    if not isinstance(value, str | None) or len(value or "") > 100:
+                        raise _wrong(where, f"{key}.{shown(name)}", value, "a short text")
                 elif not isinstance(value, dict | list | str | bool | None):
-                    _number(where, f"{key}.{shown(name)}", value, 0.0, 1.0 if name == "partial_rotary_factor" else ROTARY_MOST)
+                    _number(where, f"{key}.{shown(name)}", value, SMALLEST, 1.0 if name == "partial_rotary_factor" else LARGEST)
                 elif name in ("factor", "rope_theta", "partial_rotary_factor", "low_freq_factor", "high_freq_factor",
                               "original_max_position_embeddings") and value is not None:  # fmt: skip
                     raise _wrong(where, f"{key}.{name}", value, "a number")
 
 
 def _number(where: str | Path, key: str, value: Any, above: float, most: float) -> None:
-    if type(value) not in (int, float) or not above < value <= most:
-        raise _wrong(where, key, value, f"a number above {above:g} and up to {most:g}")
+    if type(value) not in (int, float) or not above <= value <= most or value == 0:
+        raise _wrong(where, key, value, f"a number {'from' if above else 'above'} {above:g} to {most:g}")
