@@ -22,6 +22,8 @@ from nybble.formats.base import spread
 
 BLOCKS = ("", ":tensor", ":channel", ":g32", ":g64", ":g128", ":g256")
 OPTIONS = ("", ",asym", ",dq")
+SEARCHED = ("iq4_nl", "iq4_xs", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k")
+"""Their params are searched without importance too."""
 SHAPES = ((5, 172), (3, 64), (1, 1), (4, 1), (1, 300), (300, 2))
 
 
@@ -36,6 +38,11 @@ def specs_of(name: str) -> list[str]:
         if spec not in found:
             found.append(spec)
     return found
+
+
+def columns(fmt: Format, at_least: int) -> int:
+    """So many columns, or a few more where rows are made of whole runs."""
+    return -(-at_least // fmt.whole) * fmt.whole
 
 
 SPECS = [spec for name in format_names() for spec in specs_of(name)]
@@ -108,6 +115,7 @@ def test_spec_round_trip(fmt: Format) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_storage_is_what_it_says_and_inverts(fmt: Format, shape: tuple[int, int]) -> None:
+    shape = (shape[0], columns(fmt, shape[1]))
     weight = normal(shape)
     params = fmt.fit(weight)
     codes = fmt.encode(weight, params)
@@ -123,7 +131,7 @@ def test_storage_is_what_it_says_and_inverts(fmt: Format, shape: tuple[int, int]
 
 
 def test_codes_are_unsigned_and_in_range(fmt: Format) -> None:
-    for kind, weight in kinds((5, 172)).items():
+    for kind, weight in kinds((5, columns(fmt, 172))).items():
         codes = fmt.encode(weight, fmt.fit(weight))
         assert codes.dtype.kind == "u", kind
         assert codes.shape == weight.shape
@@ -132,6 +140,7 @@ def test_codes_are_unsigned_and_in_range(fmt: Format) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_within_the_stated_bound(fmt: Format, shape: tuple[int, int]) -> None:
+    shape = (shape[0], columns(fmt, shape[1]))
     for kind, weight in kinds(shape).items():
         params = fmt.fit(weight)
         value = fmt.decode(fmt.encode(weight, params), params)
@@ -150,13 +159,17 @@ def test_error_is_not_smaller_than_rounding_makes_it(fmt: Format) -> None:
     if fmt.bits == 32:
         assert not error.any()
         return
-    assert error.mean() >= 0.15 * bound(fmt, weight, params).mean()
+    limit = bound(fmt, weight, params)
+    if not fmt.is_cast:  # half a step, where the bound is more: ends that are clipped
+        scale = np.abs(spread(fmt.grid(params)[0], 512, fmt.block(512)).astype(np.float64))
+        limit = np.minimum(limit, scale * np.ptp(fmt.levels) / (len(np.unique(fmt.levels)) - 1) / 2)
+    assert error.mean() >= 0.15 * limit.mean()
     assert (error > 0).mean() > 0.9
-    assert (error / bound(fmt, weight, params)).max() > 0.75
+    assert (error / limit).max() > 0.75
 
 
 def test_encode_picks_the_nearest_value(packed: Format) -> None:
-    weight = normal((3, 172), seed=3)
+    weight = normal((3, columns(packed, 172)), seed=3)
     params = packed.fit(weight)
     value = packed.decode(packed.encode(weight, params), params)
     every = np.stack([packed.decode(np.full(weight.shape, c, dtype=np.uint8), params) for c in range(2**packed.bits)])
@@ -166,7 +179,7 @@ def test_encode_picks_the_nearest_value(packed: Format) -> None:
 
 
 def test_decoded_values_encode_to_the_same_codes(fmt: Format) -> None:
-    for kind, weight in kinds((5, 172)).items():
+    for kind, weight in kinds((5, columns(fmt, 172))).items():
         if kind == "subnormal":  # a scale of one or two float32 units cannot tell sixteen levels apart
             continue
         params = fmt.fit(weight)
@@ -177,13 +190,13 @@ def test_decoded_values_encode_to_the_same_codes(fmt: Format) -> None:
 
 
 def test_scaling_by_a_power_of_two_scales_the_result(fmt: Format) -> None:
-    weight = normal((5, 172))
+    weight = normal((5, columns(fmt, 172)))
     weight += np.copysign(np.float32(2**-6), weight)  # keeps halves out of their subnormal range
     assert np.array_equal(round_trip(fmt, weight * np.float32(4)), round_trip(fmt, weight) * np.float32(4))
 
 
 def test_rows_do_not_depend_on_their_order(fmt: Format) -> None:
-    weight, order = normal((7, 172)), np.array([3, 0, 6, 1, 5, 2, 4])
+    weight, order = normal((7, columns(fmt, 172))), np.array([3, 0, 6, 1, 5, 2, 4])
     changed, expected = round_trip(fmt, weight[order]), round_trip(fmt, weight)[order]
     if fmt.independent:
         assert np.array_equal(changed, expected)
@@ -194,18 +207,19 @@ def test_rows_do_not_depend_on_their_order(fmt: Format) -> None:
 @pytest.mark.parametrize("spec", INDEPENDENT)
 def test_independent_blocks_do_not_see_their_neighbours(spec: str) -> None:
     fmt = parse_format(spec)
-    weight = normal((3, 600))
+    weight = normal((3, columns(fmt, 600)))
+    block = fmt.block(weight.shape[1])
     louder = weight.copy()
     louder[1] *= 100
-    louder[:, fmt.block(600) :] *= 10
+    louder[:, block:] *= 10
     before, after = round_trip(fmt, weight), round_trip(fmt, louder)
-    first = slice(0, fmt.block(600))
+    first = slice(0, block)
     assert np.array_equal(before[[0, 2], first], after[[0, 2], first])
     assert not np.array_equal(before[1], after[1])
 
 
 def test_zero_blocks_decode_to_exact_zeros(fmt: Format) -> None:
-    assert not round_trip(fmt, np.zeros((3, 172), dtype=np.float32)).any()
+    assert not round_trip(fmt, np.zeros((3, columns(fmt, 172)), dtype=np.float32)).any()
     weight = normal((3, 512))
     weight[1] = 0
     weight[:, 256:] = 0
@@ -217,10 +231,10 @@ def test_zero_blocks_decode_to_exact_zeros(fmt: Format) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(fmt: Format, bad: float) -> None:
-    weight = normal((3, 172))
+    weight = normal((3, columns(fmt, 172)))
     params = fmt.fit(weight)
     weight[1, 7] = weight[2, 0] = bad
-    message = rf"2 of 516 weights are not finite, the first is {bad} at row 1, column 7"
+    message = rf"2 of {weight.size} weights are not finite, the first is {bad} at row 1, column 7"
     with pytest.raises(NumericError, match=message):
         fmt.fit(weight)
     with pytest.raises(NumericError, match=message):
@@ -228,26 +242,40 @@ def test_values_that_are_not_finite_are_refused(fmt: Format, bad: float) -> None
 
 
 def test_a_scale_that_overflows_its_type_is_refused(packed: Format) -> None:
-    weight = normal((3, 172))
+    weight = normal((3, columns(packed, 172)))
     weight[1, 0] = 1e30
-    if dict(packed.storage((3, 172))).get("scale", ("float32",))[0] != "float16":
+    if not {"scale", "d"} & {name for name, (dtype, _) in packed.storage(weight.shape).items() if dtype == "float16"}:
         assert np.isfinite(round_trip(packed, weight)).all()
         return
-    with pytest.raises(NumericError, match=r"scale .* of block \(1, 0\) exceeds 65504, the largest float16; use per-channel"):
+    way_out = "keep this tensor in float" if packed.whole > 1 else "use per-channel"
+    with pytest.raises(NumericError, match=rf"scale .* of block \(1, 0\) exceeds 65504, the largest float16; {way_out}"):
         packed.fit(weight)
 
 
 def test_the_largest_floats_never_decode_to_infinity(packed: Format) -> None:
     largest = np.finfo(np.float32).max
     weight = np.array([[largest, -largest, 1.0], [largest / 3, 0.0, -largest / 7]], dtype=np.float32)
+    weight = np.pad(weight, ((0, 0), (0, columns(packed, 3) - 3)))
     if packed.name.startswith("int"):
         with pytest.raises(NumericError, match=r"magnitude 3.4028e\+38 is over 1.7014e\+38, half the largest float32"):
             packed.fit(weight)
         weight /= 2
-    if packed.fit(np.ones((1, 1), np.float32)).get("scale", np.float32(0)).dtype == np.float32:
+    if "float16" not in {dtype for dtype, _ in packed.storage(weight.shape).values()}:
         assert np.isfinite(round_trip(packed, weight)).all()
-        searched = packed.fit(weight, np.ones(3, dtype=np.float32))
+        searched = packed.fit(weight, np.ones(weight.shape[1], dtype=np.float32))
         assert np.isfinite(packed.decode(packed.encode(weight, searched), searched)).all()
+
+
+def plain_params(fmt: Format, weight: NDArray[np.float32]) -> dict[str, Any]:
+    """Params of the plain range."""
+    if fmt.name not in SEARCHED:
+        return fmt.fit(weight)
+    view = weight.reshape(len(weight), -1, fmt.block(weight.shape[1])).astype(np.float64)
+    if fmt.shifted:
+        low = np.minimum(view.min(-1), 0)
+        return fmt.from_grid((np.maximum(view.max(-1), 0) - low) / fmt.levels[-1], low)
+    largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
+    return fmt.from_grid(largest / fmt.levels[0], None)
 
 
 def weighted_loss(fmt: Format, weight: NDArray[np.float32], params: dict[str, Any], importance: NDArray[np.float32]) -> float:
@@ -257,15 +285,16 @@ def weighted_loss(fmt: Format, weight: NDArray[np.float32], params: dict[str, An
 
 @pytest.mark.parametrize("kind", ["normal", "student", "outlier", "one tiny row", "positive", "signed zeros", "constant"])
 def test_search_is_never_worse_than_the_plain_range(packed: Format, kind: str) -> None:
-    weight = kinds((3, 172))[kind]
-    importance = np.random.default_rng(5).gamma(0.5, 1.0, 172).astype(np.float32)
-    plain = weighted_loss(packed, weight, packed.fit(weight), importance)
+    weight = kinds((3, columns(packed, 172)))[kind]
+    importance = np.random.default_rng(5).gamma(0.5, 1.0, weight.shape[1]).astype(np.float32)
+    plain = weighted_loss(packed, weight, plain_params(packed, weight), importance)
     searched = weighted_loss(packed, weight, packed.fit(weight, importance), importance)
-    assert searched <= plain * (1 + 1e-6)
+    energy = float((importance * weight.astype(np.float64) ** 2).sum())  # a share of it: which float16 a scale becomes
+    assert searched <= plain * (1 + 1e-6) + (energy * 2.0**-22 if packed.name in SEARCHED else 0)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-4, 2e-5, 3e-6])
-@pytest.mark.parametrize("spec", [spec for spec in INDEPENDENT if ":g32" in spec])
+@pytest.mark.parametrize("spec", [spec for spec in INDEPENDENT if parse_format(spec).granularity == 32])
 def test_search_is_never_worse_in_any_block(spec: str, size: float) -> None:
     """Rounding a searched scale to a half, above all to a subnormal one, can cost more than it gained: the plain one stays."""
     fmt = parse_format(spec)
@@ -276,7 +305,7 @@ def test_search_is_never_worse_in_any_block(spec: str, size: float) -> None:
         error = fmt.decode(fmt.encode(weight, params), params).astype(np.float64) - weight
         return (importance * error**2).reshape(100, 2, 32).sum(-1)
 
-    assert (loss(fmt.fit(weight, importance)) <= loss(fmt.fit(weight)) * (1 + 1e-6)).all()
+    assert (loss(fmt.fit(weight, importance)) <= loss(plain_params(fmt, weight)) * (1 + 1e-6)).all()
 
 
 def test_search_lowers_the_loss_and_weighing_lowers_the_weighted_loss(packed: Format) -> None:
@@ -285,63 +314,69 @@ def test_search_lowers_the_loss_and_weighing_lowers_the_weighted_loss(packed: Fo
     importance = rng.gamma(0.3, 1.0, 512).astype(np.float32)
     even = np.ones(512, dtype=np.float32)
     plain, unweighted, weighted = packed.fit(weight), packed.fit(weight, even), packed.fit(weight, importance)
-    assert weighted_loss(packed, weight, unweighted, even) < weighted_loss(packed, weight, plain, even)
+    before, after = (weighted_loss(packed, weight, params, even) for params in (plain, unweighted))
+    assert after < (1.02 * before if packed.name in SEARCHED else before)  # both are searched, by lists of their own
     slack = 1.001 if packed.granularity == "tensor" else 1  # one scale for 4096 weights: the two searches end side by side
     assert weighted_loss(packed, weight, weighted, importance) < slack * weighted_loss(packed, weight, unweighted, importance)
 
 
 def test_importance_per_weight_is_importance_per_column_repeated(packed: Format) -> None:
-    weight = normal((3, 172))
-    importance = np.linspace(0, 2, 172, dtype=np.float32)
+    weight = normal((3, columns(packed, 172)))
+    importance = np.linspace(0, 2, weight.shape[1], dtype=np.float32)
     per_column = packed.fit(weight, importance)
     per_weight = packed.fit(weight, np.tile(importance, (3, 1)))
     assert {k: v.tobytes() for k, v in per_column.items()} == {k: v.tobytes() for k, v in per_weight.items()}
 
 
-@pytest.mark.parametrize("importance", [np.ones(5), np.full(172, -1.0), np.full(172, np.nan)], ids=["shape", "negative", "nan"])
-def test_importance_that_makes_no_sense_is_refused(packed: Format, importance: NDArray[np.float64]) -> None:
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan], ids=["shape", "negative", "nan"])
+def test_importance_that_makes_no_sense_is_refused(packed: Format, value: float) -> None:
+    weight = normal((3, columns(packed, 172)))
+    importance = np.full(weight.shape[1] if value else 5, value or 1, dtype=np.float32)
     with pytest.raises(UsageError, match="importance"):
-        packed.fit(normal((3, 172)), importance.astype(np.float32))
+        packed.fit(weight, importance)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_decode_the_same_bits(packed: Format, shape: tuple[int, int]) -> None:
+    shape = (shape[0], columns(packed, shape[1]))
     for kind, weight in kinds(shape).items():
         params = packed.fit(weight)
         codes = packed.encode(weight, params)
         stored = packed.to_storage(codes, params)["codes"]
-        scale, offset = packed.grid(params)
-        fast = kernels.decode(stored, shape[1], packed.bits, packed.levels, packed.block(shape[1]), scale, offset)
-        assert fast.tobytes() == packed.decode(codes, params).tobytes(), kind
+        for grid in (packed.grid(params), packed.kernel_grid(params)):
+            fast = kernels.decode(stored, shape[1], packed.bits, packed.levels, packed.block(shape[1]), *grid, packed.shifted)
+            assert fast.tobytes() == packed.decode(codes, params).tobytes(), kind
 
 
 def test_decode_is_levels_less_offset_times_scale(packed: Format) -> None:
-    weight = normal((3, 172))
+    weight = normal((3, columns(packed, 172)))
     params = packed.fit(weight)
     codes = packed.encode(weight, params)
     scale, offset = packed.grid(params)
     assert scale.shape == packed.blocks(weight.shape)
     value = packed.decode(codes, params)
     for row, column in ((0, 0), (1, 171), (2, 64)):
-        at = (row, column // packed.block(172)) if scale.shape != (1, 1) else (0, 0)
+        at = (row, column // packed.block(weight.shape[1])) if scale.shape != (1, 1) else (0, 0)
         less = np.float32(0) if offset is None else offset[at]
-        assert value[row, column] == (packed.levels[codes[row, column]] - less) * scale[at]
+        level = packed.levels[codes[row, column]]
+        assert value[row, column] == (level * scale[at] + less if packed.shifted else (level - less) * scale[at])
 
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(
     spec=st.sampled_from(SPECS),
     rows=st.integers(1, 5),
-    columns=st.integers(1, 140),
+    count=st.integers(1, 140),
     seed=st.integers(0, 2**32 - 1),
     spread_of_exponents=st.integers(0, 12),
 )
 def test_any_weight_is_stored_and_read_within_the_bound(
-    spec: str, rows: int, columns: int, seed: int, spread_of_exponents: int
+    spec: str, rows: int, count: int, seed: int, spread_of_exponents: int
 ) -> None:
     fmt, rng = parse_format(spec), np.random.default_rng(seed)
-    weight = rng.standard_normal((rows, columns)) * 2.0 ** rng.integers(-spread_of_exponents, 1, (rows, columns))
-    weight = np.where(rng.random((rows, columns)) < 0.1, 0, weight).astype(np.float32)
+    shape = (rows, columns(fmt, count))
+    weight = rng.standard_normal(shape) * 2.0 ** rng.integers(-spread_of_exponents, 1, shape)
+    weight = np.where(rng.random(shape) < 0.1, 0, weight).astype(np.float32)
     params = fmt.fit(weight)
     codes = fmt.encode(weight, params)
     read = QTensor.from_stored(fmt, fmt.to_storage(codes, params), weight.shape)

@@ -108,6 +108,10 @@ class Format(ABC):
             offset, requirements=["C", "A"]
         )
 
+    def kernel_parameters(self, params: Params) -> tuple[NDArray[Any] | kernels.Nested, NDArray[Any] | kernels.Nested | None]:
+        """`kernel_grid` as `kernels.lay` takes it with the least memory: nested where scales are whole numbers of another."""
+        return self.kernel_grid(params)
+
     @abstractmethod
     def encode(self, weight: Float32, params: Params) -> Codes:
         """Codes [N, K] of the representable values nearest to the weight [N, K]."""
@@ -206,9 +210,10 @@ def granularity_suffix(granularity: Granularity) -> str:
     return f":g{granularity}" if isinstance(granularity, int) else f":{granularity}"
 
 
-def scale_dtype(granularity: Granularity) -> str:
-    """Storage type of scales: float16 for groups, float32 where there is one for a row or tensor and it costs nothing."""
-    return "float16" if isinstance(granularity, int) else "float32"
+def scale_dtype(granularity: Granularity, wide: bool = False) -> str:
+    """Storage type of scales: float16 for groups unless `wide`, float32 where there is one for a row or tensor and it costs
+    nothing."""
+    return "float16" if isinstance(granularity, int) and not wide else "float32"
 
 
 def blocked(weight: NDArray[Scalar], granularity: Granularity) -> NDArray[Scalar]:

@@ -4,7 +4,8 @@
 
 NF4 (QLoRA, arXiv 2305.14314, section 3): quantiles of a normal distribution, eight above zero and seven below, scaled to
 [-1, 1]. FP4: sign, two exponent bits and one mantissa bit, in the order and scaling of bitsandbytes (its smallest
-magnitude is 1/192 of the largest). Scales are float16 in groups, float32 otherwise, rounded up.
+magnitude is 1/192 of the largest). Scales are float16 in groups (`f32`: float32, as bitsandbytes has them), float32 otherwise,
+rounded up.
 
 Double quantization (`dq`, QLoRA section 3, as bitsandbytes lays it out): the scales of a tensor, in row order, less their
 mean (`scale_offset`, float32), are stored as 8-bit codes of a 256-entry codebook (`dynamic_levels`), with one float32
@@ -42,7 +43,7 @@ from nybble.formats.base import (
     store_up,
 )
 from nybble.formats.search import blocked_importance, exact_loss, search_scale
-from nybble.formats.spec import check_options
+from nybble.formats.spec import check_options, check_wide
 
 ROUNDING = 2.0**-22
 """Allowance of `max_error` for the float32 roundings of midpoints, scales and the decoded value, relative to the scale."""
@@ -72,6 +73,8 @@ class Codebook(PackedFormat):
     name: str
     granularity: Granularity
     double_quantized: bool = False
+    wide: bool = False
+    """Scales of groups are float32."""
     bits: int = 4
 
     @property
@@ -85,7 +88,7 @@ class Codebook(PackedFormat):
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         check_finite(weight)
         view = blocked(weight, self.granularity)
-        dtype = "float32" if self.double_quantized else scale_dtype(self.granularity)
+        dtype = "float32" if self.double_quantized else scale_dtype(self.granularity, self.wide)
         plain = store_up(np.abs(view).max(-1).astype(np.float64), dtype)
         if importance is None:
             return quantize_scales(plain.astype(np.float32)) if self.double_quantized else {"scale": plain}
@@ -112,7 +115,7 @@ class Codebook(PackedFormat):
     def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
         if self.double_quantized:
             return quantize_scales(scale.astype(np.float32))
-        return {"scale": nearest_stored(scale, scale_dtype(self.granularity))}
+        return {"scale": nearest_stored(scale, scale_dtype(self.granularity, self.wide))}
 
     def grid_of_rows(self, params: Params, rows: NDArray[np.int64]) -> tuple[Float32, Float32 | None]:
         if not self.double_quantized:
@@ -138,7 +141,7 @@ class Codebook(PackedFormat):
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, blocks = self.blocks(shape)
         if not self.double_quantized:
-            return {"scale": (scale_dtype(self.granularity), (rows, blocks))}
+            return {"scale": (scale_dtype(self.granularity, self.wide), (rows, blocks))}
         return {
             "scale_codes": ("uint8", (rows, blocks)),
             "scale_scale": ("float32", (-(-rows * blocks // NESTED_BLOCK),)),
@@ -154,7 +157,8 @@ class Codebook(PackedFormat):
         return bound
 
     def __str__(self) -> str:
-        return f"{self.name}{granularity_suffix(self.granularity)}{',dq' if self.double_quantized else ''}"
+        options = f"{',dq' if self.double_quantized else ''}{',f32' if self.wide else ''}"
+        return f"{self.name}{granularity_suffix(self.granularity)}{options}"
 
 
 def quantize_scales(scale: Float32) -> Params:
@@ -213,10 +217,13 @@ def _sorted(name: str) -> tuple[Float32, Float32, NDArray[np.uint8]]:
 
 
 def _build(name: str, granularity: Granularity | None, options: frozenset[str]) -> Codebook:
-    check_options(name, options, {"dq"})
+    check_options(name, options, {"dq", "f32"})
+    check_wide(name, granularity or 64, options)
+    if {"dq", "f32"} <= options:
+        raise UsageError(f"format {name}: dq compresses the scales that f32 keeps whole; use one of them")
     if "dq" in options and not isinstance(granularity or 64, int):
         raise UsageError(f"format {name}: dq compresses the scales of groups; use :g32, :g64, :g128 or :g256 with it")
-    return Codebook(name, granularity or 64, "dq" in options)
+    return Codebook(name, granularity or 64, "dq" in options, "f32" in options)
 
 
 NAMES = dict.fromkeys(LEVELS, _build)

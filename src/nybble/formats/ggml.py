@@ -1,32 +1,37 @@
-"""ggml's formats with blocks of 32 of their own: q4_0 q4_1 q5_0 q5_1 q8_0 iq4_nl mxfp4, as llama.cpp reads and writes them.
+"""ggml's formats whose blocks of 32 stand alone: q4_0 q4_1 q5_0 q5_1 q8_0 iq4_nl mxfp4, as llama.cpp reads and writes them.
 
     q4_0 q5_0 q8_0    value = scale * (code - 2^(bits-1))       scale float16
     q4_1 q5_1         value = scale * code + shift              scale and shift float16 (ggml's d and m)
     iq4_nl            value = scale * table[code]               scale float16, a table of 16 whole numbers
     mxfp4             value = 2^(exponent-128) * table[code]    exponent uint8 (ggml's E8M0, halved), FP4's table doubled
 
-Layouts: ggml's headers, src/ggml-common.h and ggml-quants.c; how nibbles lie in a block is the business of the file.
+Layouts: ggml's src/ggml-common.h and ggml-quants.c; how nibbles lie in a block is the business of the file.
 
 `round` without importance is ggml's own rounding to the bit, codes and params, of q4_0 q4_1 q5_0 q5_1 q8_0 mxfp4: codes are
 chosen by the scale before it is rounded to float16, halves go up (away from zero in q8_0), and every step is rounded to
-float32 by itself. A build of ggml whose compiler fuses the product with the addition may give another code in one weight of
-a million; ggml's own library has the plain steps on x86, whatever machine it is built for, since only its CPU backend is
-compiled for that. The scale of q4_0 and q5_0 is the weight of largest magnitude over -8 or -16, so that one of the two ends
-is short by a step. `encode` on given params rounds to nearest: halves to even, in tables to the level nearer to zero or lower.
+float32 by itself. A compiler may fuse the product with the addition and so give another code to a weight in a million; in
+builds for x86 it does not, since only ggml's CPU backend is compiled for the machine and its quantizers are not in there.
+The scale of q4_0 and q5_0 is the weight of largest magnitude over -8 or -16: one of the two ends is a step short. Exponents
+of mxfp4 below zero wrap around, as there: weights below 2^-124 become zeros. Only where ggml's values would be infinite, for
+the largest floats in mxfp4, do ours differ.
 
-Bounds, in units of the scale d: q4_0 1 + 8/2048, q5_0 1 + 16/2048, q8_0 0.562, q4_1 and q5_1 1/2 + L/2048 + |shift|/2048 d
-with L = 15, 31.
+iq4_nl, and all of them with importance, are searched (ggml_search.py), and never worse than that. `encode` on given params
+rounds to nearest: whole levels halfway to the even quotient, table levels to the lower one, in mxfp4 to that nearer to zero.
+
+Bounds, in units of the scale: q4_0 1 + 8/2048, q5_0 1 + 16/2048, q8_0 0.562, q4_1 and q5_1 1/2 + L/2048 and |shift|/2048
+with L = 15, 31; mxfp4 4, the step that its largest values lack; iq4_nl half its widest gap, and what the search may clip. To
+each comes what a float16 has no digits for, below 2^-14.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.errors import NumericError, UsageError
+from nybble import kernels
+from nybble.errors import UsageError
 from nybble.formats.base import (
     Codes,
     Float32,
@@ -38,35 +43,22 @@ from nybble.formats.base import (
     check_finite,
     nearest_stored,
     slabs,
-    spread,
 )
-from nybble.formats.search import blocked_importance, search_scale
+from nybble.formats.ggml_search import SHAPES, half, nearest, search
+from nybble.formats.search import blocked_importance
 from nybble.formats.spec import check_options
 
 BLOCK = 32
-IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""Levels of iq4_nl and iq4_xs."""
-MXFP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Levels of mxfp4: twice those of FP4 (E2M1)."""
+MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
+"""Levels of mxfp4 by the low three bits of the code, twice those of FP4 (E2M1); the fourth bit is the sign."""
 BITS = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5, "q8_0": 8, "iq4_nl": 4, "mxfp4": 4}
 EXPONENT_OF_ONE = 128
 """The exponent that stands for 1."""
 LARGEST_EXPONENT = 252
 """Beyond it the largest level would not be a float32."""
+EXPONENTS_TRIED = (0, -1, 1, -2)
+"""With importance, beside ggml's own."""
 HALF = np.float32(0.5)
-
-
-def half(values: NDArray[np.floating], what: str) -> NDArray[np.float16]:
-    """Values [N, blocks] rounded to nearest float16. Raises NumericError where one overflows."""
-    with np.errstate(over="ignore"):
-        stored = values.astype(np.float16)
-    bad = ~np.isfinite(stored)
-    if bad.any():
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise NumericError(
-            f"{what} {float(values[at]):.3g} of block {at} exceeds 65504, the largest float16; keep this tensor in float"
-        )
-    return stored
 
 
 @dataclass(frozen=True)
@@ -91,37 +83,44 @@ class GgmlBlocks(PackedFormat):
 
     @property
     def levels(self) -> Float32:
-        if self.name in ("iq4_nl", "mxfp4"):
-            return np.array(IQ4 if self.name == "iq4_nl" else MXFP4, dtype=np.float32)
-        return np.arange(2**self.bits, dtype=np.float32) - np.float32(0 if self.shifted else 2 ** (self.bits - 1))
+        if self.name == "mxfp4":
+            magnitudes = np.array(MAGNITUDES, np.float32)
+            return np.concatenate([magnitudes, 0 - magnitudes])
+        return SHAPES[self.name].levels
 
     def fallback(self, columns: int) -> str | None:
         return "fp16" if columns % BLOCK else None
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
+        """Without importance ggml's own params (iq4_nl: searched ones); with it searched ones, never worse."""
+        if importance is not None or self.name == "iq4_nl":
+            return self.round(weight, importance)[1]
         self.check_columns(weight.shape[1])
         check_finite(weight)
-        plain = self._plain(weight)
-        if importance is None:
-            return plain
-        view, weights = blocked(weight, BLOCK), blocked_importance(importance, weight.shape, BLOCK)
-        if self.name == "mxfp4" or self.shifted:
-            return plain
-        return {"scale": search_scale(view, weights, self._snap, 8.0, plain["scale"], both_signs=True)}
+        return self._plain(weight)
 
-    def _snap(self, ratio: Float32) -> Float32:
-        return self.levels[self._nearest(ratio)]
+    def round(self, weight: Float32, importance: Float32 | None = None) -> tuple[Codes, Params]:
+        self.check_columns(weight.shape[1])
+        if self.name == "mxfp4":
+            params = self.fit(weight) if importance is None else self._best_exponents(weight, importance)
+            return self.encode(weight, params), params
+        if importance is not None or self.name == "iq4_nl":
+            found = search(self.name, weight, importance)
+            return found.codes, {"scale": found.d} | ({} if found.dmin is None else {"shift": np.float16(0) - found.dmin})
+        params = self.fit(weight)
+        codes = np.empty(weight.shape, np.uint8)
+        for rows in slabs(weight.shape):
+            codes[rows] = self._plain_codes(blocked(weight[rows], BLOCK)).reshape(-1, weight.shape[1])
+        return codes, params
 
     @np.errstate(over="ignore", invalid="ignore")  # what overflows is found when it is stored
     def _plain(self, weight: Float32) -> Params:
-        """ggml's own params."""
         view = blocked(weight, BLOCK)
         if self.name == "mxfp4":
             return {"exponent": _exponent(np.abs(view).max(-1))}
         if self.shifted:
             low = view.min(-1)
-            steps = np.float32(2**self.bits - 1)
-            return {"scale": half((view.max(-1) - low) / steps, "scale"), "shift": half(low, "shift")}
+            return {"scale": half((view.max(-1) - low) / np.float32(2**self.bits - 1), "scale"), "shift": half(low, "shift")}
         return {"scale": half(self._wide_scale(view), "scale")}
 
     def _wide_scale(self, view: Float32) -> Float32:
@@ -129,19 +128,10 @@ class GgmlBlocks(PackedFormat):
         if self.name == "q8_0":
             return np.abs(view).max(-1) / np.float32(127)
         largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
-        return largest / np.float32(-127 if self.name == "iq4_nl" else -(2 ** (self.bits - 1)))
-
-    def round(self, weight: Float32, importance: Float32 | None = None) -> tuple[Codes, Params]:
-        params = self.fit(weight, importance)
-        if importance is not None or self.name in ("iq4_nl", "mxfp4"):
-            return self.encode(weight, params), params
-        codes = np.empty(weight.shape, np.uint8)
-        for rows in slabs(weight.shape):
-            codes[rows] = self._round_blocks(blocked(weight[rows], BLOCK)).reshape(-1, weight.shape[1])
-        return codes, params
+        return largest / np.float32(-(2 ** (self.bits - 1)))
 
     @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-    def _round_blocks(self, view: Float32) -> NDArray[np.uint8]:
+    def _plain_codes(self, view: Float32) -> NDArray[np.uint8]:
         """ggml's codes of blocks [N, blocks, 32]: by the scale before it is stored."""
         top = 2**self.bits - 1
         if self.shifted:
@@ -157,6 +147,21 @@ class GgmlBlocks(PackedFormat):
         # The inverse of a scale below 2^-128 is infinite, and so are the steps: what a float beyond all integers becomes.
         return np.minimum(np.where(np.isfinite(steps), steps, 0).astype(np.uint8), top)
 
+    def _best_exponents(self, weight: Float32, importance: Float32) -> Params:
+        """Of ggml's exponents and those near them the ones with the least weighed error."""
+        plain = self.fit(weight)["exponent"].astype(np.int16)
+        weights = blocked_importance(importance, weight.shape, BLOCK)
+        best, least = plain.astype(np.uint8), np.full(plain.shape, np.inf)
+        for step in EXPONENTS_TRIED:
+            inside = (plain + step >= 0) & (plain + step <= LARGEST_EXPONENT)
+            tried = np.where(inside, plain + step, plain).astype(np.uint8)
+            params: Params = {"exponent": tried}
+            error = blocked(self.decode(self.encode(weight, params), params) - weight, BLOCK).astype(np.float64)
+            loss = np.einsum("rbk,rbk,rbk->rb", weights, error, error)
+            better = loss < least
+            best[better], least[better] = tried[better], loss[better]
+        return {"exponent": best}
+
     def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
         if self.name == "mxfp4":
             return np.ldexp(np.float32(1), params["exponent"].astype(np.int32) - EXPONENT_OF_ONE), None
@@ -165,38 +170,28 @@ class GgmlBlocks(PackedFormat):
     def kernel_grid(self, params: Params) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
         if self.name == "mxfp4":
             return self.grid(params)
-        return (
-            np.require(params["scale"], requirements=["C", "A"]),
-            np.require(params["shift"], requirements=["C", "A"]) if self.shifted else None,
-        )
+        shift = np.require(params["shift"], requirements=["C", "A"]) if self.shifted else None
+        return np.require(params["scale"], requirements=["C", "A"]), shift
 
     def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
         if self.name == "mxfp4":
             fraction, exponent = np.frexp(np.maximum(scale, 2.0**-EXPONENT_OF_ONE))
-            nearest = exponent - (fraction < 0.75) + EXPONENT_OF_ONE
-            return {"exponent": np.clip(nearest, 0, LARGEST_EXPONENT).astype(np.uint8)}
+            nearest_power = exponent - (fraction < 0.75) + EXPONENT_OF_ONE
+            return {"exponent": np.clip(nearest_power, 0, LARGEST_EXPONENT).astype(np.uint8)}
         params: Params = {"scale": nearest_stored(scale, "float16")}
         if self.shifted:
             params["shift"] = nearest_stored(np.zeros_like(scale) if offset is None else offset, "float16")
         return params
 
     def encode(self, weight: Float32, params: Params) -> Codes:
-        check_finite(weight)
         scale, offset = self.grid(params)
-        columns = weight.shape[1]
-        codes = np.empty(weight.shape, np.uint8)
-        for rows in slabs(weight.shape):
-            codes[rows] = self._nearest(
-                ratios(
-                    weight[rows],
-                    spread(scale[rows], columns, BLOCK),
-                    offset if offset is None else spread(offset[rows], columns, BLOCK),
-                )
-            )
+        if self.name != "mxfp4":
+            return nearest(self.name, weight, scale, offset)
+        check_finite(weight)
+        magnitudes = np.array(MAGNITUDES, np.float32)
+        codes = kernels.nearest(np.abs(weight, dtype=np.float32, order="C"), magnitudes, BLOCK, scale, None, kernels.cores())
+        codes += ((weight < 0) & (codes > 0)).view(np.uint8) * np.uint8(8)
         return codes
-
-    def _nearest(self, ratio: Float32) -> NDArray[np.uint8]:
-        return nearest_code(self.name if not self.is_integer else f"whole {self.levels[0]:g} {self.bits}", ratio)
 
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         self.check_columns(shape[1])
@@ -204,21 +199,23 @@ class GgmlBlocks(PackedFormat):
         if self.name == "mxfp4":
             return {"exponent": ("uint8", blocks)}
         names = ("scale", "shift") if self.shifted else ("scale",)
-        return {name: ("float16", blocks) for name in names}
+        return dict.fromkeys(names, ("float16", blocks))
 
     def max_error(self, params: Params) -> Float64:
         scale, offset = (None if values is None else np.abs(values.astype(np.float64)) for values in self.grid(params))
         assert scale is not None
-        tiny = 2.0**-24  # half the smallest float16 and more: scales that vanish
+        tiny = 2.0**-25  # half of the smallest float16
         if self.name == "mxfp4":
-            return scale * 4
+            return scale * 4 + 2.0**-124
         if offset is not None:
             steps = 2**self.bits - 1
-            return scale * (0.5 + steps * 2.0**-11) + offset * 2.0**-11 + steps * tiny
+            return scale * (0.5 + steps * 2.0**-11) + offset * 2.0**-11 + (steps + 1) * tiny
         if self.name == "q8_0":
             return scale * 0.562 + 127 * tiny
-        steps = 127 if self.name == "iq4_nl" else 2 ** (self.bits - 1)
-        return scale * ((14 if self.name == "iq4_nl" else 1) + steps * 2.0**-11) + steps * tiny
+        if self.name == "iq4_nl":
+            return scale * 127 / 4 + 127 * tiny
+        steps = 2 ** (self.bits - 1)
+        return scale * (1 + steps * 2.0**-11) + steps * tiny
 
     def __str__(self) -> str:
         return self.name
@@ -229,34 +226,9 @@ def _inverse(scale: Float32) -> Float32:
 
 
 def _exponent(largest: Float32) -> NDArray[np.uint8]:
-    """ggml's exponents of blocks by their largest magnitude. Below 2^-124 they wrap around and the block becomes zeros."""
+    """ggml's exponents of blocks by their largest magnitude."""
     wide = np.log2(np.where(largest == 0, 1, largest).astype(np.float64)).astype(np.float32)
-    return np.where(largest == 0, 0, np.floor(wide).astype(np.int64) + 125).astype(np.uint8)
-
-
-def ratios(weight: Float32, scale: Float32, offset: Float32 | None) -> Float32:
-    """(weight - offset) / scale in float32, every step rounded; where the scale is 0 the quotient is 0."""
-    shifted = weight if offset is None else weight - offset
-    with np.errstate(over="ignore"):
-        ratio: Float32 = np.where(scale == 0, np.float32(0), shifted / np.where(scale == 0, np.float32(1), scale))
-    return ratio
-
-
-def nearest_code(levels: str, ratio: Float32) -> NDArray[np.uint8]:
-    """Codes of the levels nearest to weight / scale: `iq4_nl`, `mxfp4`, or `whole LOWEST BITS`."""
-    if levels.startswith("whole"):
-        _, low, bits = levels.split()
-        return (np.clip(np.rint(ratio), float(low), float(low) + 2 ** int(bits) - 1) - np.float32(low)).astype(np.uint8)
-    if levels == "iq4_nl":
-        return np.searchsorted(_midpoints(IQ4), ratio).astype(np.uint8)
-    magnitude = np.searchsorted(_midpoints(MXFP4[:8]), np.abs(ratio)).astype(np.uint8)
-    return magnitude + np.where((ratio < 0) & (magnitude > 0), np.uint8(8), np.uint8(0))
-
-
-@cache
-def _midpoints(levels: tuple[int, ...]) -> Float32:
-    table = np.array(levels, np.float32)
-    return (table[1:] + table[:-1]) * HALF
+    return np.where(largest == 0, 0, np.minimum(np.floor(wide).astype(np.int64) + 125, LARGEST_EXPONENT)).astype(np.uint8)
 
 
 def check_spec(name: str, granularity: Granularity | None, options: frozenset[str]) -> None:

@@ -6,7 +6,8 @@
 The plain symmetric range is absmax / (2^(bits-1) - 1): int8 uses 127, so that both ends are representable; a searched
 scale may be negative and then uses the extra level at the other end. The plain asymmetric range spans
 [min(w, 0), max(w, 0)] in 2^bits - 1 steps; zero is exactly representable. Scales are float16 in groups, float32 otherwise,
-rounded up so that nothing clips; zero points are packed at `bits` bits. Division is in float64, rounding half to even.
+rounded up so that nothing clips (option `f32`: float32 in groups too, as other tools' files have them); zero points are packed
+at `bits` bits. Division is in float64, rounding half to even.
 Bound: |w - value| <= scale / 2 (1 + 2^(bits - 23)), the second term for the float32 rounding of the value.
 """
 
@@ -37,7 +38,7 @@ from nybble.formats.base import (
     store_up,
 )
 from nybble.formats.search import blocked_importance, search_affine, search_scale
-from nybble.formats.spec import check_options
+from nybble.formats.spec import check_options, check_wide
 
 LARGEST = float(np.finfo(np.float32).max) / 2
 """Values lie up to half a step outside the range of the weights, and a step may be two thirds of its magnitude."""
@@ -50,6 +51,8 @@ class Integer(PackedFormat):
     bits: int
     granularity: Granularity
     asymmetric: bool = False
+    wide: bool = False
+    """Scales of groups are float32."""
     is_integer: ClassVar[bool] = True  # type: ignore[misc]  # of the class, not one of its fields
 
     @property
@@ -69,7 +72,7 @@ class Integer(PackedFormat):
                 "could decode to infinity; repair the checkpoint or keep this tensor in float"
             )
         view = blocked(weight, self.granularity)
-        dtype = scale_dtype(self.granularity)
+        dtype = scale_dtype(self.granularity, self.wide)
         if self.asymmetric:
             low = np.minimum(view.min(-1), 0).astype(np.float64)
             high = np.maximum(view.max(-1), 0).astype(np.float64)
@@ -97,7 +100,7 @@ class Integer(PackedFormat):
         return scale, kernels.unpack(params["zero"], scale.shape[1], self.bits).astype(np.float32)
 
     def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
-        params: Params = {"scale": nearest_stored(scale, scale_dtype(self.granularity))}
+        params: Params = {"scale": nearest_stored(scale, scale_dtype(self.granularity, self.wide))}
         if offset is not None:
             params["zero"] = kernels.pack(np.rint(offset).clip(0, 2**self.bits - 1).astype(np.uint8), self.bits)
         return params
@@ -117,7 +120,7 @@ class Integer(PackedFormat):
 
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, blocks = self.blocks(shape)
-        stored: dict[str, tuple[str, tuple[int, ...]]] = {"scale": (scale_dtype(self.granularity), (rows, blocks))}
+        stored: dict[str, tuple[str, tuple[int, ...]]] = {"scale": (scale_dtype(self.granularity, self.wide), (rows, blocks))}
         if self.asymmetric:
             stored["zero"] = ("uint8", (rows, kernels.row_bytes(blocks, self.bits)))
         return stored
@@ -127,7 +130,8 @@ class Integer(PackedFormat):
         return np.abs(params["scale"].astype(np.float64)) / 2 * (1 + rounding)
 
     def __str__(self) -> str:
-        return f"{self.name}{granularity_suffix(self.granularity)}{',asym' if self.asymmetric else ''}"
+        options = f"{',asym' if self.asymmetric else ''}{',f32' if self.wide else ''}"
+        return f"{self.name}{granularity_suffix(self.granularity)}{options}"
 
 
 def _divisor(scale: NDArray[np.floating]) -> Float64:
@@ -138,8 +142,9 @@ def _divisor(scale: NDArray[np.floating]) -> Float64:
 
 
 def _build(name: str, granularity: Granularity | None, options: frozenset[str]) -> Integer:
-    check_options(name, options, {"asym"})
-    return Integer(int(name.removeprefix("int")), granularity or "channel", "asym" in options)
+    check_options(name, options, {"asym", "f32"})
+    check_wide(name, granularity, options)
+    return Integer(int(name.removeprefix("int")), granularity or "channel", "asym" in options, "f32" in options)
 
 
 NAMES = {f"int{bits}": _build for bits in range(2, 9)}

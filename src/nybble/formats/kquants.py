@@ -3,8 +3,13 @@
     q3_k q6_k iq4_xs    value = (d * m) * level[code]               m: a small whole number of each block, of either sign
     q2_k q4_k q5_k      value = (d * m) * code - dmin * n           m, n: small whole numbers from 0
 
-A block is 16 or 32 columns. Layouts: ggml's headers, src/ggml-common.h and ggml-quants.c; how bits lie in a block is the
-business of the file. Blocks of a run are not independent: they share d and dmin.
+A block is 16 or 32 columns. Layouts: ggml's src/ggml-common.h and ggml-quants.c; how bits lie in a block is the business of
+the file. Blocks of a run are not independent: they share d and dmin.
+
+Params are searched, with importance or without (ggml_search.py): the error is never above that of the plain range, which is
+the one from the smallest weight of a block, or zero, to the largest (shifted), or from zero to the one of largest magnitude.
+`encode` rounds to nearest, halves to the even quotient (iq4_xs: to the lower level). Values are exact in float32 but for the
+last sum or product, and equal to those of ggml. A search may clip a weight to spare the others; `max_error` says how far.
 """
 
 from __future__ import annotations
@@ -15,45 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble import kernels
-from nybble.formats.base import Codes, Float32, Float64, Granularity, PackedFormat, Params, blocked, check_finite, slabs, spread
-from nybble.formats.ggml import IQ4, check_spec, half, nearest_code, ratios
+from nybble.formats.base import Codes, Float32, Float64, Granularity, PackedFormat, Params
+from nybble.formats.ggml import BLOCK, check_spec
+from nybble.formats.ggml_search import RUN, SHAPES, Shape, nearest, search
 
-RUN = 256
-"""Columns that share d and dmin."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of one format."""
-
-    bits: int
-    block: int
-    lowest: int
-    """Level of code 0."""
-    multiplier_bits: int
-    signed: bool
-    """Multipliers are stored less their lowest, -2^(multiplier_bits - 1), or as int8 where they have 8 bits."""
-    fallback: str
-
-    @property
-    def low(self) -> int:
-        """Smallest multiplier."""
-        return -(2 ** (self.multiplier_bits - 1)) if self.signed else 0
-
-    @property
-    def high(self) -> int:
-        """Largest multiplier."""
-        return self.low + 2**self.multiplier_bits - 1
-
-
-SHAPES = {
-    "q2_k": Shape(2, 16, 0, 4, False, "iq4_nl"),
-    "q3_k": Shape(3, 16, -4, 6, True, "iq4_nl"),
-    "q4_k": Shape(4, 32, 0, 6, False, "q5_0"),
-    "q5_k": Shape(5, 32, 0, 6, False, "q5_1"),
-    "q6_k": Shape(6, 16, -32, 8, True, "q8_0"),
-    "iq4_xs": Shape(4, 32, 0, 6, True, "iq4_nl"),
-}
+NAMED = tuple(name for name, shape in SHAPES.items() if shape.run == RUN)
+WHOLE_BYTE = 8
+"""Multipliers of so many bits are stored as int8, others less their lowest and packed."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +55,7 @@ class GgmlRuns(PackedFormat):
 
     @property
     def shifted(self) -> bool:  # type: ignore[override]
-        return not self._shape.signed
+        return self._shape.shifted
 
     @property
     def independent(self) -> bool:
@@ -90,24 +63,33 @@ class GgmlRuns(PackedFormat):
 
     @property
     def levels(self) -> Float32:
-        if self.name == "iq4_xs":
-            return np.array(IQ4, np.float32)
-        return np.arange(2**self.bits, dtype=np.float32) + np.float32(self._shape.lowest)
+        return self._shape.levels
+
+    @property
+    def _in_run(self) -> int:
+        """Blocks of a run."""
+        return RUN // self._shape.block
+
+    @property
+    def _bits_of_multiplier(self) -> int:
+        return (self._shape.high - self._shape.low).bit_length()
 
     def fallback(self, columns: int) -> str | None:
-        if columns % BLOCK_OF_FALLBACK:
+        if columns % BLOCK:
             return "fp16"
         return self._shape.fallback if columns % RUN else None
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
+        """Searched params; without importance all columns count alike."""
+        return self.round(weight, importance)[1]
+
+    def round(self, weight: Float32, importance: Float32 | None = None) -> tuple[Codes, Params]:
         self.check_columns(weight.shape[1])
-        check_finite(weight)
-        view = blocked(weight, self._shape.block).astype(np.float64)
-        if self.shifted:
-            low = np.minimum(view.min(-1), 0)
-            return self.from_grid((np.maximum(view.max(-1), 0) - low) / (2**self.bits - 1), low)
-        largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
-        return self.from_grid(largest / self.levels[0], None)
+        found = search(self.name, weight, importance)
+        params: Params = {"d": found.d, "scale": self._stored(found.scale)}
+        if found.dmin is not None and found.offset is not None:
+            params = {"d": found.d, "dmin": found.dmin, "scale": params["scale"], "min": self._stored(found.offset)}
+        return found.codes, params
 
     def grid(self, params: Params) -> tuple[Float32, Float32 | None]:
         scale = self._times(params["d"], params["scale"])
@@ -115,84 +97,105 @@ class GgmlRuns(PackedFormat):
 
     def _times(self, shared: NDArray[np.float16], stored: NDArray[np.generic]) -> Float32:
         """float32 [N, blocks]: the products of shared scales and multipliers, which are exact."""
-        blocks = shared.shape[1] * (RUN // self._shape.block)
-        multipliers = self.multipliers(stored, blocks).astype(np.float32)
-        return multipliers * np.repeat(shared.astype(np.float32), RUN // self._shape.block, axis=1)
+        multipliers = self._multipliers(stored, shared.shape[1] * self._in_run).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # a file may hold an infinite d
+            return multipliers * np.repeat(shared.astype(np.float32), self._in_run, axis=1)
 
-    def multipliers(self, stored: NDArray[np.generic], blocks: int) -> NDArray[np.int64]:
-        """int64 [N, blocks]: the whole numbers of a `scale` or `min` as stored."""
-        if self._shape.multiplier_bits == 8:
-            return stored.astype(np.int64)
-        return (
-            kernels.unpack(np.ascontiguousarray(stored, np.uint8), blocks, self._shape.multiplier_bits).astype(np.int64)
-            + self._shape.low
-        )
+    def _multipliers(self, stored: NDArray[np.generic], blocks: int) -> NDArray[np.int16]:
+        """int16 [N, blocks]: the whole numbers of a `scale` or `min` as stored."""
+        if self._bits_of_multiplier == WHOLE_BYTE:
+            return stored.astype(np.int16)
+        codes = kernels.unpack(np.ascontiguousarray(stored, np.uint8), blocks, self._bits_of_multiplier)
+        return codes.astype(np.int16) + np.int16(self._shape.low)
 
-    def stored_multipliers(self, multipliers: NDArray[np.integer]) -> NDArray[np.generic]:
-        """Inverse of `multipliers`."""
-        if self._shape.multiplier_bits == 8:
+    def _stored(self, multipliers: NDArray[np.integer]) -> NDArray[np.generic]:
+        """Inverse of `_multipliers`."""
+        if self._bits_of_multiplier == WHOLE_BYTE:
             return multipliers.astype(np.int8)
-        return kernels.pack(np.ascontiguousarray(multipliers - self._shape.low, np.uint8), self._shape.multiplier_bits)
+        codes = (multipliers - multipliers.dtype.type(self._shape.low)).astype(np.uint8)
+        return kernels.pack(np.ascontiguousarray(codes), self._bits_of_multiplier)
 
     def kernel_grid(self, params: Params) -> tuple[NDArray[np.floating], NDArray[np.floating] | None]:
         return self.grid(params)
 
+    def kernel_parameters(self, params: Params) -> tuple[kernels.Nested, kernels.Nested | None]:
+        """Multipliers as bytes and the shared halves; a shift is subtracted, so its half changes sign."""
+        scale = self._nested(params["scale"], params["d"])
+        return scale, self._nested(params["min"], -params["dmin"]) if self.shifted else None
+
+    def _nested(self, stored: NDArray[np.generic], shared: NDArray[np.float16]) -> kernels.Nested:
+        if self._bits_of_multiplier == WHOLE_BYTE:
+            codes, bias = stored.view(np.uint8) ^ np.uint8(128), 128
+        else:
+            blocks = shared.shape[1] * self._in_run
+            codes = kernels.unpack(np.ascontiguousarray(stored, np.uint8), blocks, self._bits_of_multiplier)
+            bias = -self._shape.low
+        return kernels.Nested(np.require(codes, requirements="C"), bias, np.require(shared, requirements=["C", "A"]))
+
     def from_grid(self, scale: Float64, offset: Float64 | None) -> Params:
-        shape = self._shape
-        d, multipliers = shared_scale(scale, RUN // shape.block, shape.low, shape.high)
+        low, high = self._shape.low, self._shape.high
+        d, multipliers = multiples_of_shared(scale, self._in_run, low, high)
         if not self.shifted:
-            return {"d": d, "scale": self.stored_multipliers(multipliers)}
-        dmin, mins = shared_scale(np.zeros_like(scale) if offset is None else -offset, RUN // shape.block, shape.low, shape.high)
-        return {"d": d, "dmin": dmin, "scale": self.stored_multipliers(multipliers), "min": self.stored_multipliers(mins)}
+            return {"d": d, "scale": self._stored(multipliers)}
+        dmin, mins = multiples_of_shared(np.zeros_like(scale) if offset is None else -offset, self._in_run, low, high)
+        return {"d": d, "dmin": dmin, "scale": self._stored(multipliers), "min": self._stored(mins)}
 
     def encode(self, weight: Float32, params: Params) -> Codes:
-        check_finite(weight)
-        scale, offset = self.grid(params)
-        columns, block = weight.shape[1], self._shape.block
-        levels = "iq4_nl" if self.name == "iq4_xs" else f"whole {self._shape.lowest} {self.bits}"
-        codes = np.empty(weight.shape, np.uint8)
-        for rows in slabs(weight.shape):
-            wide = None if offset is None else spread(offset[rows], columns, block)
-            codes[rows] = nearest_code(levels, ratios(weight[rows], spread(scale[rows], columns, block), wide))
-        return codes
+        return nearest(self.name, weight, *self.grid(params))
 
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         self.check_columns(shape[1])
         rows, columns = shape
-        shared = ("float16", (rows, columns // RUN))
-        blocks, bits = columns // self._shape.block, self._shape.multiplier_bits
-        own = ("int8", (rows, blocks)) if bits == 8 else ("uint8", (rows, kernels.row_bytes(blocks, bits)))
-        return {"d": shared, "dmin": shared, "scale": own, "min": own} if self.shifted else {"d": shared, "scale": own}
+        blocks, bits = columns // self._shape.block, self._bits_of_multiplier
+        d = ("float16", (rows, columns // RUN))
+        own = ("int8", (rows, blocks)) if bits == WHOLE_BYTE else ("uint8", (rows, kernels.row_bytes(blocks, bits)))
+        return {"d": d, "dmin": d, "scale": own, "min": own} if self.shifted else {"d": d, "scale": own}
 
     def max_error(self, params: Params) -> Float64:
-        scale, _ = self.grid(params)
-        d = np.repeat(np.abs(params["d"].astype(np.float64)), RUN // self._shape.block, axis=1)
-        return (np.abs(scale.astype(np.float64)) + d) * float(np.abs(self.levels).max())
+        """Two steps of the block, and two of the next multiple of d on all levels. Not proven: found on weights of many kinds
+        (normal, heavy tails, sparse, magnitudes of a run 2^12 apart), the worst of which had 1.5 of the latter."""
+        scale = np.abs(self.grid(params)[0].astype(np.float64))
+        d = np.repeat(np.abs(params["d"].astype(np.float64)), self._in_run, axis=1)
+        reach = float(np.abs(self.levels).max())
+        step = float(np.ptp(self.levels)) / (len(self.levels) - 1)
+        return 2 * step * scale + 2 * reach * (d + max(self._shape.high, -self._shape.low) * 2.0**-25)
 
     def __str__(self) -> str:
         return self.name
 
 
-BLOCK_OF_FALLBACK = 32
+def multiples_of_shared(values: Float64, blocks: int, low: int, high: int) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
+    """(d float16 [N, runs], multipliers int16 [N, runs * blocks] from low to high): products near to values [N, runs * blocks] of
+    any precision, in least squares; exact where they are such products. A d that overflows becomes the largest float16.
 
-
-def shared_scale(values: Float64, blocks: int, low: int, high: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-    """(d float16 [N, runs], multipliers int64 [N, runs * blocks] from low to high) whose products are nearest to the values
-    [N, runs * blocks] in least squares, of the d that make the largest value an exact multiple."""
-    view = values.reshape(values.shape[0], -1, blocks)
+    Tried are the d of which the largest value is a multiple in the upper half of what there is (a smaller multiple is twice one
+    of half the d), each also refitted to the multipliers that it gives.
+    """
+    view = np.nan_to_num(values.astype(np.float64)).reshape(values.shape[0], -1, blocks)
     largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
-    end = high if low == 0 else low
-    best = np.zeros(largest.shape, np.float16)
-    chosen = np.zeros(view.shape)
-    lowest = np.full(largest.shape, np.inf)
-    for multiple in range(end, end // 2, -1 if end > 0 else 1):
-        d = half(largest / multiple, "shared scale")
-        wide = d.astype(np.float64)[..., None]
-        whole = np.clip(np.rint(view / np.where(wide == 0, 1, wide)), low, high) * (wide != 0)
-        error = ((view - wide * whole) ** 2).sum(-1)
-        better = error < lowest
-        best[better], chosen[better], lowest[better] = d[better], whole[better], error[better]
-    return best, chosen.reshape(values.shape).astype(np.int64)
+    best, chosen = np.zeros(largest.shape), np.zeros(view.shape)
+    least = np.full(largest.shape, np.inf)
+
+    def consider(d: Float64) -> Float64:
+        stored = _stored_half(d)
+        divisor = np.where(stored == 0, 1, stored)[..., None]
+        whole = np.clip(np.rint(view / divisor), low, high) * (stored != 0)[..., None]
+        error = ((view - stored[..., None] * whole) ** 2).sum(-1)
+        better = error < least
+        best[better], chosen[better], least[better] = stored[better], whole[better], error[better]
+        return whole
+
+    ends = range(low, low // 2) if low < 0 else range(high, high // 2, -1)
+    for multiple in ends:
+        whole = consider(largest / multiple)
+        square = (whole * whole).sum(-1)
+        consider((view * whole).sum(-1) / np.where(square == 0, 1, square))
+    return best.astype(np.float16), chosen.reshape(values.shape).astype(np.int16)
+
+
+def _stored_half(values: Float64) -> Float64:
+    largest = float(np.finfo(np.float16).max)
+    return np.clip(values, -largest, largest).astype(np.float16).astype(np.float64)
 
 
 def _build(name: str, granularity: Granularity | None, options: frozenset[str]) -> GgmlRuns:
@@ -200,4 +203,4 @@ def _build(name: str, granularity: Granularity | None, options: frozenset[str]) 
     return GgmlRuns(name)
 
 
-NAMES = dict.fromkeys(SHAPES, _build)
+NAMES = dict.fromkeys(NAMED, _build)

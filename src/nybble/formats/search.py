@@ -29,14 +29,19 @@ REFITS = 3
 def blocked_importance(importance: Float32, shape: tuple[int, int], granularity: Granularity) -> Blocks:
     """Importance [K] or [N, K] as [rows, blocks, columns of a block], float32. Raises UsageError for another shape or
     for values that are negative or not finite. A block without any importance counts all its columns alike."""
-    if importance.shape not in (shape, shape[1:]):
-        raise UsageError(f"importance has shape {importance.shape}; a weight {shape} needs {shape[1:]} or {shape}")
-    if not np.isfinite(importance).all() or (importance < 0).any():
-        raise UsageError("importance holds negative or non-finite values; calibrate again on finite activations")
+    check_importance(importance, shape)
     full = np.broadcast_to(importance.astype(np.float32), shape)
     view = np.array(blocked(full, granularity))
     view[view.sum(-1) == 0] = 1.0
     return view
+
+
+def check_importance(importance: Float32, shape: tuple[int, int]) -> None:
+    """Raise UsageError for importance of another shape than [K] or [N, K], or with values that are negative or not finite."""
+    if importance.shape not in (shape, shape[1:]):
+        raise UsageError(f"importance has shape {importance.shape}; a weight {shape} needs {shape[1:]} or {shape}")
+    if not np.isfinite(importance).all() or (importance < 0).any():
+        raise UsageError("importance holds negative or non-finite values; calibrate again on finite activations")
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a candidate whose loss overflows loses every comparison

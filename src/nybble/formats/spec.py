@@ -60,3 +60,9 @@ def check_options(name: str, options: frozenset[str], known: set[str]) -> None:
     for option in sorted(options - known):
         allowed = f"it has {', '.join(sorted(known))}" if known else "it has none"
         raise UsageError(f"format {name}: unknown option {option!r}; {allowed}")
+
+
+def check_wide(name: str, granularity: Granularity | None, options: frozenset[str]) -> None:
+    """Raise UsageError for option f32 where scales are float32 as it is."""
+    if "f32" in options and not isinstance(granularity, int):
+        raise UsageError(f"format {name}: f32 widens the scales of groups; those of rows are float32 already")

@@ -17,13 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import UsageError, unknown_name
-from nybble.kernels import arguments, reference
-from nybble.kernels.arguments import Bytes, Floats, Packed, Parameter, row_bytes
+from nybble.kernels import arguments, reference, reference_search
+from nybble.kernels.arguments import Bytes, Floats, Found, Nested, Packed, Parameter, Search, row_bytes
 
 __all__ = [
+    "Found",
     "Laid",
+    "Nested",
     "Packed",
+    "Search",
     "check_weight",
+    "cores",
     "decode",
     "gather",
     "instruction_set",
@@ -31,12 +35,14 @@ __all__ = [
     "lay_floats",
     "native",
     "native_available",
+    "nearest",
     "pack",
     "product",
     "quantize_activations",
     "read_bandwidth",
     "row_bytes",
     "rows_of",
+    "search",
     "unpack",
 ]
 
@@ -182,7 +188,7 @@ class Laid(Protocol):
     def holds_codes(self) -> bool: ...
     def product(self, x: Floats, y: Floats, exact: bool, threads: int) -> None: ...
     def gather(self, rows: NDArray[np.int64], out: Floats) -> None: ...
-    def restore(self, packed: Bytes, scale: Parameter, offset: Parameter | None, threads: int) -> None: ...
+    def restore(self, packed: Bytes, scale: Parameter | None, offset: Parameter | None, threads: int) -> None: ...
 
 
 def lay(
@@ -191,21 +197,50 @@ def lay(
     bits: int,
     levels: Floats,
     block: int,
-    scale: Parameter,
-    offset: Parameter | None = None,
+    scale: Parameter | Nested,
+    offset: Parameter | Nested | None = None,
     shifted: bool = False,
     drop: bool = False,
     threads: int = 1,
 ) -> Laid:
-    """The kernel layout of a packed weight; the arguments are those of `decode`.
+    """The kernel layout of a packed weight; the arguments are those of `decode`, or scale and shift both nested.
 
     `drop` says that the arrays are not read again after this: the pages of a mapped file are given back to the system.
     """
-    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset, shifted)
     threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    if isinstance(scale, Nested):
+        return _lay_nested(packed, columns, bits, levels, block, scale, offset, drop, threads)
+    assert not isinstance(offset, Nested), "scale and offset are nested both, or neither"
+    weight = arguments.weight(packed, columns, bits, levels, block, scale, offset, shifted)
     if _native is None:
         return reference.Laid(weight)
     return cast(Laid, _native.Weight.from_codes(*weight, drop, threads))
+
+
+def _lay_nested(
+    packed: Bytes,
+    columns: int,
+    bits: int,
+    levels: Floats,
+    block: int,
+    scale: Nested,
+    offset: Parameter | Nested | None,
+    drop: bool,
+    threads: int,
+) -> Laid:
+    assert offset is None or isinstance(offset, Nested), "scale and offset are nested both, or neither"
+    rows, blocks = len(arguments.packed_rows(packed, columns, bits)), -(-columns // block)
+    scale = arguments.nested("scale", scale, rows, blocks)
+    offset = None if offset is None else arguments.nested("offset", offset, rows, blocks)
+    if _native is None:
+        floats = None if offset is None else offset.floats()
+        weight = arguments.weight(packed, columns, bits, levels, block, scale.floats(), floats, offset is not None)
+        return reference.Laid(weight, nested=True)
+    shift = (None, None) if offset is None else (offset.codes, offset.outer)
+    laid = _native.Weight.from_nested(
+        packed, columns, bits, levels, block, scale.codes, scale.outer, scale.bias, *shift, drop, threads
+    )
+    return cast(Laid, laid)
 
 
 def lay_floats(values: NDArray[Any], kind: str, transposed: bool = False, drop: bool = False, threads: int = 1) -> Laid:
@@ -242,6 +277,60 @@ def rows_of(weight: Laid, rows: NDArray[np.int64]) -> Floats:
     out = np.empty((chosen.shape[0], weight.columns), dtype=np.float32)
     weight.gather(chosen, out)
     return out
+
+
+def search(weight: Floats, how: Search, importance: Floats | None = None, threads: int = 1) -> Found:
+    """Codes, scales and offsets of a weight float32 [N, K] that make the squared error small, weighed by importance float32
+    [1, K] or [N, K] where it is given: positive in at least one column of every block, at most 1 or so.
+
+    reference_search.py says what is searched, and that no error is above that of the plain range. Weights must be finite, and
+    small enough that the plain range's scales fit a float16. The result does not depend on threads or on the instruction set.
+    Raises ValueError for shapes, types or ranges that do not fit.
+    """
+    found, weights = arguments.search(weight, how, importance)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    rows, columns = found.shape
+    shared, each = (rows, columns // how.run), (rows, columns // how.block)
+    out = Found(
+        np.empty((rows, columns), np.uint8),
+        np.empty(shared, np.float16),
+        np.empty(each, np.int8),
+        np.empty(shared, np.float16) if how.shifted else None,
+        np.empty(each, np.int8) if how.shifted else None,
+    )
+    if found.size and _native is None:
+        reference_search.search(found, weights, how, out)
+    elif found.size:
+        assert _native is not None
+        d, dmin = out.d.view(np.uint16), None if out.dmin is None else out.dmin.view(np.uint16)
+        _native.search(found, weights, *how, out.codes, d, out.scale, dmin, out.offset, threads)
+    return out
+
+
+def nearest(weight: Floats, levels: Floats, block: int, scale: Floats, offset: Floats | None = None, threads: int = 1) -> Bytes:
+    """Codes uint8 [N, K]: the places in ascending levels of those nearest to (weight - offset) / scale, each step rounded to
+    float32. weight float32 [N, K]; scale and offset float32 [N, ceil(K / block)]. Halfway between two levels: the even
+    quotient where levels are whole numbers one apart, else the lower level. Where the scale is 0 the quotient is 0.
+    Raises ValueError for shapes or types that do not fit.
+    """
+    found: Floats = arguments.array("weight", weight, arguments.FLOAT32, 2)
+    table = arguments.level_table(levels)
+    block = arguments.integer("block", block, 1, arguments.MAX_COLUMNS)
+    scales = arguments.blocks_of("scale", scale, found, block)
+    offsets = None if offset is None else arguments.blocks_of("offset", offset, found, block)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    out = np.empty(found.shape, np.uint8)
+    if _native is None:
+        reference_search.nearest(found, table, block, scales, offsets, out)
+    else:
+        _native.nearest(found, table, block, scales, offsets, out, threads)
+    return out
+
+
+def cores() -> int:
+    """Processors that this process may run on: what formats give as `threads`."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, arguments.MAX_THREADS)
 
 
 def quantize_activations(x: Floats) -> tuple[NDArray[np.int8], Floats]:

@@ -28,6 +28,25 @@ BLOCK = 64
 """Columns that quantized activations share a scale over."""
 MAX_THREADS = 1024
 MAX_COLUMNS = 1 << 31
+MAX_TABLE = 16
+"""Levels of a table that a search can hold in registers."""
+MAX_RUN = 256
+MAX_BLOCKS = 16
+"""Blocks of a run."""
+
+
+class Nested(NamedTuple):
+    """Scales, or shifts, of runs of blocks that share an outer scale: outer * (codes - bias), the product in float32."""
+
+    codes: Bytes  # [N, blocks]
+    bias: int
+    outer: NDArray[np.float16]  # [N, blocks / a power of two]
+
+    def floats(self) -> Floats:
+        """float32 [N, blocks]: what they stand for."""
+        per = self.codes.shape[1] // max(1, self.outer.shape[1])
+        outer = np.repeat(self.outer.astype(np.float32), per, axis=1)
+        return outer * (self.codes.astype(np.float32) - np.float32(self.bias))
 
 
 class Packed(NamedTuple):
@@ -41,6 +60,30 @@ class Packed(NamedTuple):
     scale: Parameter  # [N, blocks] or [1, 1]
     offset: Parameter | None  # the same
     shifted: bool = False  # value = scale * level + offset, not scale * (level - offset)
+
+
+class Search(NamedTuple):
+    """How scales and codes of a format are searched (reference_search.py says what is done with it)."""
+
+    levels: Floats  # [2 to 256], ascending: whole numbers one apart, or at most 16 of any kind
+    block: int  # columns that share a scale
+    run: int  # columns that share d: a multiple of block, a divisor of K
+    low: int  # smallest multiplier
+    high: int  # largest; low and high of 1: every block has its d for itself
+    shifted: bool  # value = scale * level + offset
+    plains: int  # so many of the tries are plain ranges, the first of them
+    tries: Floats  # [T, 2]: steps in the range of a block, and by how many steps its lower end is raised
+    dividers: Floats  # [S]: d is the largest scale of the run over one of these
+
+
+class Found(NamedTuple):
+    """What a search found: scale = d * m, offset = -(dmin * n)."""
+
+    codes: Bytes  # [N, K]
+    d: NDArray[np.float16]  # [N, K / run]
+    scale: NDArray[np.int8]  # m [N, K / block]
+    dmin: NDArray[np.float16] | None
+    offset: NDArray[np.int8] | None  # n
 
 
 def integer(name: str, value: object, low: int, high: int) -> int:
@@ -129,6 +172,67 @@ def weight(
         None if offset is None else _parameter("offset", offset, rows, blocks),
         bool(shifted),
     )
+
+
+def level_table(value: object) -> Floats:
+    """Levels float32 [2 to 256], ascending: whole numbers one apart, or at most 16 of any kind."""
+    table: Floats = array("levels", value, FLOAT32, 1)
+    if not 2 <= table.shape[0] <= 256 or not np.isfinite(table).all() or (np.diff(table) <= 0).any():
+        raise ValueError(f"levels must be 2 to 256 ascending numbers, got {table.shape[0]}: {table[:20]}")
+    whole = (np.diff(table) == 1).all() and float(table[0]).is_integer() and abs(float(table[0])) <= 1 << 22
+    if not whole and table.shape[0] > MAX_TABLE:
+        raise ValueError(f"levels that are not whole numbers one apart must be at most {MAX_TABLE}, got {table.shape[0]}")
+    return table
+
+
+def search(weight: object, how: Search, importance: object | None) -> tuple[Floats, Floats | None]:
+    """(weight [N, K], importance [1, K] or [N, K] or None), checked against how they are searched."""
+    found: Floats = array("weight", weight, FLOAT32, 2)
+    table = level_table(how.levels)
+    block, run = integer("block", how.block, 1, MAX_RUN), integer("run", how.run, 1, MAX_RUN)
+    if run % block or run // block > MAX_BLOCKS:
+        raise ValueError(f"run must be 1 to {MAX_BLOCKS} whole blocks of {block}, got {run}")
+    if found.shape[1] % run:
+        raise ValueError(f"weight must have rows of whole runs of {run} columns, got {found.shape[1]}")
+    low = integer("low", how.low, -128, 127)
+    integer("high", how.high, low, 127)
+    if how.shifted and not np.array_equal(table, table[0] + np.arange(table.shape[0])):
+        raise ValueError(f"shifted levels must be whole numbers one apart, got {table}")
+    tries: Floats = array("tries", how.tries, FLOAT32, 2)
+    if tries.shape[0] < 1 or tries.shape[1] != 2 or not np.isfinite(tries).all() or (tries[:, 0] == 0).any():
+        raise ValueError(f"tries must be finite pairs whose first is not 0, at least one, got shape {tries.shape}")
+    integer("plains", how.plains, 1, tries.shape[0])
+    dividers: Floats = array("dividers", how.dividers, FLOAT32, 1)
+    if dividers.shape[0] < 1 or not np.isfinite(dividers).all() or (dividers == 0).any():
+        raise ValueError(f"dividers must be finite and not 0, at least one, got {dividers}")
+    if importance is None:
+        return found, None
+    weights: Floats = array("importance", importance, FLOAT32, 2)
+    if weights.shape not in (found.shape, (1, found.shape[1])):
+        raise ValueError(f"importance must have shape {(1, found.shape[1])} or {found.shape}, got {weights.shape}")
+    return found, weights
+
+
+def blocks_of(name: str, value: object, weight: Floats, block: int) -> Floats:
+    """One float32 for each block of columns, [N, ceil(K / block)]."""
+    found: Floats = array(name, value, FLOAT32, 2)
+    wanted = (weight.shape[0], -(-weight.shape[1] // block))
+    if found.shape != wanted:
+        raise ValueError(f"{name} must have shape {wanted}, got {found.shape}")
+    return found
+
+
+def nested(name: str, value: Nested, rows: int, blocks: int) -> Nested:
+    """Nested parameters that fit a weight."""
+    codes_found: Bytes = array(f"codes of {name}", value.codes, UINT8, 2)
+    outer: NDArray[np.float16] = array(f"outer {name}", value.outer, FLOATS[:1], 2)
+    per = blocks // max(1, outer.shape[1])
+    if codes_found.shape != (rows, blocks) or outer.shape[0] != rows or per * outer.shape[1] != blocks or per & (per - 1):
+        raise ValueError(
+            f"nested {name} has codes {codes_found.shape} and outer {outer.shape}; they must be {(rows, blocks)} and a power of two "
+            "fewer"
+        )
+    return Nested(codes_found, integer(f"bias of {name}", value.bias, 0, 255), outer)
 
 
 def row_numbers(value: object, rows: int) -> NDArray[np.int64]:

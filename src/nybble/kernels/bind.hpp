@@ -55,8 +55,9 @@ struct Bound {
     float table[256];
 };
 
-inline void bind(Bound& out, const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
-          const Vector<const float>& levels, std::size_t block, const Any& scale, const std::optional<Any>& offset, bool shifted) {
+// The codes and levels alone.
+inline void bind_codes(Bound& out, const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
+                       const Vector<const float>& levels, std::size_t block) {
     require(bits >= 1 && bits <= 8 && block >= 1, "bits must be 1 to 8 and block at least 1");
     Weight& w = out.weight;
     w.rows = packed.shape(0);
@@ -69,24 +70,9 @@ inline void bind(Bound& out, const Matrix<const std::uint8_t>& packed, std::size
     require(levels.shape(0) == std::size_t(1) << bits, "levels must have 2**bits values");
     w.packed = packed.data();
     w.packed_end = packed.data() + w.rows * w.row_bytes;
-
-    const auto stride = [&](const Any& a) -> std::size_t {
-        if (a.shape(0) == 1 && a.shape(1) == 1 && w.blocks <= 1) return 0;
-        require(a.shape(0) == w.rows && a.shape(1) == w.blocks, "scale and offset must be [rows, blocks] or [1, 1]");
-        return w.blocks;
-    };
-    w.scale = scale.data();
-    w.scale_half = is_half(scale);
-    w.scale_stride = stride(scale);
-    w.offset = nullptr;
-    w.offset_half = false;
-    w.offset_stride = 0;
-    w.shifted = shifted && offset.has_value();
-    if (offset) {
-        w.offset = offset->data();
-        w.offset_half = is_half(*offset);
-        w.offset_stride = stride(*offset);
-    }
+    w.scale = w.offset = nullptr;
+    w.scale_half = w.offset_half = w.shifted = false;
+    w.scale_stride = w.offset_stride = w.blocks;
 
     const std::size_t count = levels.shape(0);
     for (std::size_t i = 0; i < 256; ++i) out.table[i] = levels.data()[i % count];
@@ -97,6 +83,27 @@ inline void bind(Bound& out, const Matrix<const std::uint8_t>& packed, std::size
     w.shift = w.affine ? static_cast<std::int32_t>(first) : 0;
 }
 
+inline void bind(Bound& out, const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
+                 const Vector<const float>& levels, std::size_t block, const Any& scale, const std::optional<Any>& offset,
+                 bool shifted) {
+    bind_codes(out, packed, columns, bits, levels, block);
+    Weight& w = out.weight;
+    const auto stride = [&](const Any& a) -> std::size_t {
+        if (a.shape(0) == 1 && a.shape(1) == 1 && w.blocks <= 1) return 0;
+        require(a.shape(0) == w.rows && a.shape(1) == w.blocks, "scale and offset must be [rows, blocks] or [1, 1]");
+        return w.blocks;
+    };
+    w.scale = scale.data();
+    w.scale_half = is_half(scale);
+    w.scale_stride = stride(scale);
+    w.shifted = shifted && offset.has_value();
+    if (offset) {
+        w.offset = offset->data();
+        w.offset_half = is_half(*offset);
+        w.offset_stride = stride(*offset);
+    }
+}
+
 inline int threads_for(int threads) {
     require(threads >= 1 && threads <= kMaxThreads, "threads out of range");
     return threads;
@@ -104,6 +111,7 @@ inline int threads_for(int threads) {
 
 
 void bind_weights(nb::module_& m);  // weights in the kernel layout
+void bind_search(nb::module_& m);   // scales and codes of weights
 void bind_engine(nb::module_& m);
 
 }  // namespace nybble

@@ -20,6 +20,31 @@ std::shared_ptr<LaidWeight> from_codes(const Matrix<const std::uint8_t>& packed,
     return std::make_shared<LaidWeight>(bound.weight, drop, threads);
 }
 
+// Scales [rows, blocks] of codes and outer halves in the place of floats; the offset's may be absent.
+std::shared_ptr<LaidWeight> from_nested(const Matrix<const std::uint8_t>& packed, std::size_t columns, int bits,
+                                        const Vector<const float>& levels, std::size_t block,
+                                        const Matrix<const std::uint8_t>& scale, const Any& scale_outer, int scale_bias,
+                                        const std::optional<Matrix<const std::uint8_t>>& offset,
+                                        const std::optional<Any>& offset_outer, bool drop, int threads) {
+    Bound bound;
+    Weight& w = bound.weight;
+    bind_codes(bound, packed, columns, bits, levels, block);
+    require(block >= 1 && columns % block == 0 && scale.shape(0) == w.rows && scale.shape(1) == w.blocks, "scale must be [rows, blocks]");
+    NestedSource nested[2] = {};
+    const auto inner = [&](const Matrix<const std::uint8_t>& codes, const Any& outer, int bias) -> NestedSource {
+        require(codes.shape(0) == w.rows && codes.shape(1) == w.blocks && is_half(outer) && outer.shape(0) == w.rows, "codes and outer must have a row a row");
+        const std::size_t count = outer.shape(1), per = count == 0 ? 0 : w.blocks / count;
+        require(per >= 1 && per * count == w.blocks && (per & (per - 1)) == 0, "blocks must be a power of two times outer scales");
+        return {codes.data(), static_cast<const std::uint16_t*>(outer.data()), bias, per};
+    };
+    nested[0] = inner(scale, scale_outer, scale_bias);
+    require(offset.has_value() == offset_outer.has_value(), "offset needs codes and outer");
+    if (offset) nested[1] = inner(*offset, *offset_outer, 0);
+    threads = threads_for(threads);
+    nb::gil_scoped_release release;
+    return std::make_shared<LaidWeight>(w, drop, threads, nested);
+}
+
 std::shared_ptr<LaidWeight> from_floats(const Any& values, const std::string& kind, bool transposed, bool drop, int threads) {
     FloatSource source;
     source.values = values.data();
@@ -91,18 +116,20 @@ void rows(const LaidWeight& weight, const Ids& ids, const Matrix<float>& out) {
         kernels().tiled_row(w, static_cast<std::size_t>(ids.data()[i]), out.data() + i * w.columns);
 }
 
-void restore(const LaidWeight& weight, const Matrix<std::uint8_t>& packed, const Any& scale, const std::optional<Any>& offset,
-             int threads) {
+void restore(const LaidWeight& weight, const Matrix<std::uint8_t>& packed, const std::optional<Any>& scale,
+             const std::optional<Any>& offset, int threads) {
     const Tiled& w = weight.tiled;
     require(w.holds == Holds::codes, "a float weight has no codes");
     require(packed.shape(0) == w.rows && packed.shape(1) == (w.columns * std::size_t(w.bits) + 7) / 8, "packed has the wrong shape");
     const auto fits = [&](const Any& a, bool half) {
         return is_half(a) == half && a.shape(0) == weight.parameter_rows && a.shape(1) == w.blocks;
     };
-    require(fits(scale, w.scale_half) && (offset.has_value() == (w.offset != nullptr)), "scale has the wrong shape or type");
+    const bool nested = w.nested_scale.codes != nullptr;
+    require(scale.has_value() != nested && offset.has_value() == (!nested && w.offset != nullptr), "scale has the wrong shape or type, or offset is missing");
+    if (scale) require(fits(*scale, w.scale_half), "scale has the wrong shape or type");
     if (offset) require(fits(*offset, w.offset_half), "offset has the wrong shape or type");
     threads = threads_for(threads);
-    void* to = const_cast<void*>(scale.data());
+    void* to = scale ? const_cast<void*>(scale->data()) : nullptr;
     void* second = offset ? const_cast<void*>(offset->data()) : nullptr;
     nb::gil_scoped_release release;
     weight.restore(packed.data(), to, second, threads);
@@ -126,6 +153,10 @@ void bind_weights(nb::module_& m) {
         .def_static("from_codes", &from_codes, nb::arg("packed").noconvert(), nb::arg("columns"), nb::arg("bits"),
                     nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
                     nb::arg("offset").noconvert().none(), nb::arg("shifted"), nb::arg("drop"), nb::arg("threads"))
+        .def_static("from_nested", &from_nested, nb::arg("packed").noconvert(), nb::arg("columns"), nb::arg("bits"),
+                    nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
+                    nb::arg("scale_outer").noconvert(), nb::arg("scale_bias"), nb::arg("offset").noconvert().none(),
+                    nb::arg("offset_outer").noconvert().none(), nb::arg("drop"), nb::arg("threads"))
         .def_static("from_floats", &from_floats, nb::arg("values").noconvert(), nb::arg("kind"), nb::arg("transposed"),
                     nb::arg("drop"), nb::arg("threads"))
         .def_prop_ro("rows", [](const LaidWeight& w) { return w.tiled.rows; })
@@ -135,8 +166,8 @@ void bind_weights(nb::module_& m) {
         .def_prop_ro("nbytes", &LaidWeight::bytes)
         .def("product", &product, nb::arg("x").noconvert(), nb::arg("y").noconvert(), nb::arg("exact"), nb::arg("threads"))
         .def("gather", &rows, nb::arg("rows").noconvert(), nb::arg("out").noconvert())
-        .def("restore", &restore, nb::arg("packed").noconvert(), nb::arg("scale").noconvert(), nb::arg("offset").noconvert().none(),
-             nb::arg("threads"));
+        .def("restore", &restore, nb::arg("packed").noconvert(), nb::arg("scale").noconvert().none(),
+             nb::arg("offset").noconvert().none(), nb::arg("threads"));
     m.def("quantize_activations", &quantize, nb::arg("x").noconvert(), nb::arg("codes").noconvert(), nb::arg("scale").noconvert());
 }
 

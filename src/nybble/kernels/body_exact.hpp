@@ -21,10 +21,9 @@ static const float* unit_values(const Tiled& w, std::size_t tile, std::size_t u,
     for (std::size_t half = 0; half < 2; ++half) {
         std::size_t block = (begin + 16 * half) / w.block;
         if (block >= w.blocks) block = w.blocks - 1;  // columns behind the last one
-        const std::size_t at = (tile * w.blocks + block) * kRows;
-        const F scale = load_parameter(w.scale, w.scale_half, at);
+        const F scale = scale_of(w, tile, block);
         const bool has = w.offset != nullptr;
-        const F offset = has ? load_parameter(w.offset, w.offset_half, at) : Lanes::all(0.0f);
+        const F offset = has ? offset_of(w, tile, block) : Lanes::all(0.0f);
         for (std::size_t s = 4 * half; s < 4 * half + 4; ++s) {
             I line = Lanes::line(codes + s * kLine);
             for (std::size_t j = 0; j < 4; ++j, line = Lanes::template right<8>(line)) {
@@ -90,9 +89,8 @@ static void exact_codes(const Tiled& w, std::size_t tile, const float* x, float*
         const auto grid = [&](std::size_t column) __attribute__((always_inline)) {
             std::size_t block = column / w.block;
             if (block >= w.blocks) block = w.blocks - 1;
-            const std::size_t at = (tile * w.blocks + block) * kRows;
-            scale = load_parameter(w.scale, w.scale_half, at);
-            if (has) offset = load_parameter(w.offset, w.offset_half, at);
+            scale = scale_of(w, tile, block);
+            if (has) offset = offset_of(w, tile, block);
         };
         const auto value = [&](I line) __attribute__((always_inline)) {
             F level = Table ? Lanes::float_table(levels, line) : Lanes::to_float(Lanes::minus(Lanes::both(line, low), base));

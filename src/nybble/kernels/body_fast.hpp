@@ -19,16 +19,16 @@ enum class Scales { row, whole, parts };
 // Scale and shift of one block of one tile, as lanes.
 struct Grid {
     const Tiled& w;
-    const std::size_t first;
+    const std::size_t tile;
     const bool by_row;
     const std::uint8_t* steps;
-    Grid(const Tiled& weight, std::size_t tile)
+    Grid(const Tiled& weight, std::size_t which)
         : w(weight),
-          first(tile * weight.blocks * kRows),
+          tile(which),
           by_row(scaled_by_row(weight)),
-          steps(weight.steps == nullptr ? nullptr : weight.steps + tile * kRows) {}
+          steps(weight.steps == nullptr ? nullptr : weight.steps + which * kRows) {}
     inline F scale(std::size_t block) const {
-        return by_row ? Lanes::all(1.0f) : load_parameter(w.scale, w.scale_half, first + block * kRows);
+        return by_row ? Lanes::all(1.0f) : scale_of(w, tile, block);
     }
     // The scale in steps, in the low half of a lane.
     inline I whole(std::size_t block) const {
@@ -37,14 +37,14 @@ struct Grid {
         return Lanes::both(Lanes::as_whole(Lanes::fma(scale(block), inverse, Lanes::all(12582912.0f))), Lanes::whole(0xffff));
     }
     inline F shift(std::size_t block, F scale) const {  // only where there is an offset
-        const F offset = load_parameter(w.offset, w.offset_half, first + block * kRows);
+        const F offset = offset_of(w, tile, block);
         return w.offset_is_zero ? Lanes::sub(Lanes::all(0.0f), Lanes::mul(scale, offset)) : offset;
     }
     // What the totals are multiplied by.
     inline F after() const {
         const F step = Lanes::all(w.table ? w.byte_step : 1.0f);
         if (steps != nullptr) return Lanes::as_float(Lanes::left<23>(Lanes::load_bytes(steps)));
-        return by_row ? Lanes::mul(step, load_parameter(w.scale, w.scale_half, first)) : step;
+        return by_row ? Lanes::mul(step, scale_of(w, tile, 0)) : step;
     }
 };
 

@@ -157,10 +157,26 @@ inline typename Lanes::F load_parameter(const void* from, bool half, std::size_t
                 : Lanes::load(static_cast<const float*>(from) + at);
 }
 
+inline typename Lanes::F parameter(const Tiled& w, const void* from, bool half, const Nested& nested, std::size_t tile,
+                                   std::size_t block) {
+    const std::size_t at = (tile * w.blocks + block) * kRows;
+    if (nested.codes == nullptr) return load_parameter(from, half, at);
+    const typename Lanes::F outer = Lanes::load_half(nested.outer + (tile * nested.count + (block >> nested.shift)) * kRows);
+    return Lanes::mul(outer, Lanes::to_float(Lanes::minus(Lanes::load_bytes(nested.codes + at), Lanes::whole(nested.bias))));
+}
+
+// Scale and offset of a block of one tile, a lane a row.
+inline typename Lanes::F scale_of(const Tiled& w, std::size_t tile, std::size_t block) {
+    return parameter(w, w.scale, w.scale_half, w.nested_scale, tile, block);
+}
+inline typename Lanes::F offset_of(const Tiled& w, std::size_t tile, std::size_t block) {
+    return parameter(w, w.offset, w.offset_half, w.nested_offset, tile, block);
+}
+
 static void largest_scales(const Tiled& w, std::size_t tile, float* to) {
     typename Lanes::I top = Lanes::whole(0);  // floats without a sign are in the order of their bits, NaN behind infinity
     for (std::size_t b = 0; b < w.blocks; ++b)
-        top = Lanes::most(top, Lanes::as_whole(Lanes::abs(load_parameter(w.scale, w.scale_half, (tile * w.blocks + b) * kRows))));
+        top = Lanes::most(top, Lanes::as_whole(Lanes::abs(scale_of(w, tile, b))));
     Lanes::store(to, Lanes::as_float(top));
 }
 
@@ -187,9 +203,8 @@ static void tiled_row(const Tiled& w, std::size_t row, float* to) {
         if (k % kUnit == 0)
             with_plane_bits(w.bits, [&]<int B>() { unit_codes<B>(data + (k / kUnit) * kLine * B, codes); });
         if (k % w.block == 0) {
-            const std::size_t at = (tile * w.blocks + k / w.block) * kRows;
-            Lanes::store(lanes, load_parameter(w.scale, w.scale_half, at));
-            if (w.offset != nullptr) Lanes::store(shifts, load_parameter(w.offset, w.offset_half, at));
+            Lanes::store(lanes, scale_of(w, tile, k / w.block));
+            if (w.offset != nullptr) Lanes::store(shifts, offset_of(w, tile, k / w.block));
         }
         const std::uint8_t code = codes[((k % kUnit) / 4) * kLine + 4 * r + k % 4];
         float level = w.table ? w.levels[code] : float(std::int32_t(code) - w.base);

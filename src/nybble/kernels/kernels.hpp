@@ -40,6 +40,36 @@ struct Weight {
     std::int32_t shift;
 };
 
+// Levels in ascending order: whole numbers one apart, or a table of at most sixteen, filled up with its last.
+struct Levels {
+    float at[16];       // of a table
+    float between[16];  // midway between two of a table; infinite behind the last
+    float lowest, highest;
+    bool whole;
+};
+
+// How scales are searched; reference_search.py says what each part is for.
+struct Search {
+    Levels levels;
+    std::size_t block, blocks;  // columns a block, blocks a run (at most 16)
+    float low, high;            // multipliers
+    bool shifted;
+    const float* tries;  // [tries_count, 2]
+    const float* dividers;
+    std::size_t plains, tries_count, dividers_count;
+};
+
+// Where sixteen runs lie, and where what is found goes; lane i is run i.
+struct SixteenRuns {
+    const float* weight[16];
+    const float* importance[16];  // all nullptr: all alike
+    std::uint8_t* codes[16];      // nullptr: no such run, its weight is any other's
+    std::uint16_t* d;             // half [16]
+    std::uint16_t* dmin;
+    std::int8_t* m;  // [16 blocks, 16 runs]
+    std::int8_t* n;
+};
+
 // How far ahead of its use a weight is asked for, in bytes.
 inline constexpr std::size_t kAhead = 2048;
 // Bytes of weights that stay near while groups of tokens pass over them.
@@ -74,6 +104,11 @@ struct Kernels {
     std::size_t (*attend_scratch)(std::size_t depth, std::size_t positions);
     void (*attend)(const Attend&, void* scratch);
     void (*activate_row)(float* x, std::size_t count, Activation kind);
+    // Scales and codes of sixteen runs of weights.
+    void (*search_runs)(const Search&, const SixteenRuns&);
+    // The places in levels nearest to (weight - offset) / scale, for one row of blocks of search.block columns.
+    void (*nearest_row)(const Levels& levels, const float* weight, std::size_t columns, std::size_t block, const float* scale,
+                        const float* offset, std::uint8_t* codes);
 };
 
 // Scratch of a product with so many rows of x: corrections, and for panels some tiles unpacked to bytes.

@@ -105,6 +105,14 @@ struct Lanes {
     }
     static inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
     static inline I to_whole(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+    static inline I above(F a, F b) {
+        return {_mm256_castps_si256(_mm256_cmp_ps(a.low, b.low, _CMP_GT_OQ)),
+                _mm256_castps_si256(_mm256_cmp_ps(a.high, b.high, _CMP_GT_OQ))};
+    }
+    static inline F choose(I mask, F yes, F no) {
+        return {_mm256_blendv_ps(no.low, yes.low, _mm256_castsi256_ps(mask.low)),
+                _mm256_blendv_ps(no.high, yes.high, _mm256_castsi256_ps(mask.high))};
+    }
     static inline F as_float(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
     static inline void store_bytes(std::int8_t* to, I v) {
         const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.low, v.high), 0xd8);

@@ -81,6 +81,8 @@ struct Lanes {
     }
     static inline F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static inline I to_whole(F a) { return _mm512_cvtps_epi32(a); }
+    static inline I above(F a, F b) { return _mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)); }
+    static inline F choose(I mask, F yes, F no) { return _mm512_mask_mov_ps(no, _mm512_movepi32_mask(mask), yes); }
     static inline F as_float(I a) { return _mm512_castsi512_ps(a); }
     static inline void store_bytes(std::int8_t* to, I v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtsepi32_epi8(v));

@@ -167,6 +167,12 @@ struct Lanes {
         const int32x4_t smallest = vdupq_n_s32(INT32_MIN);
         return make<I>([&](auto p) { return vbslq_s32(vcltq_f32(p, end), vcvtnq_s32_f32(p), smallest); }, x);
     }
+    static inline I above(F x, F y) {
+        return make<I>([](auto p, auto q) { return vreinterpretq_s32_u32(vcgtq_f32(p, q)); }, x, y);
+    }
+    static inline F choose(I mask, F yes, F no) {
+        return make<F>([](auto m, auto p, auto q) { return vbslq_f32(vreinterpretq_u32_s32(m), p, q); }, mask, yes, no);
+    }
     static inline F as_float(I x) {
         return make<F>([](auto p) { return vreinterpretq_f32_s32(p); }, x);
     }

@@ -140,6 +140,12 @@ struct Lanes {
             return v >= -2147483648.0f && v < 2147483648.0f ? std::int32_t(__builtin_rintf(v)) : INT32_MIN;
         });
     }
+    static inline I above(F a, F b) {  // all bits where a > b, else none
+        return make<I>([&](int i) { return a.at[i] > b.at[i] ? -1 : 0; });
+    }
+    static inline F choose(I mask, F yes, F no) {  // of a mask that `above` gave
+        return make<F>([&](int i) { return mask.at[i] != 0 ? yes.at[i] : no.at[i]; });
+    }
     static inline F as_float(I a) {
         return make<F>([&](int i) { return float_of(std::uint32_t(a.at[i])); });
     }

@@ -16,7 +16,8 @@
 //
 // The value of a code is scale * level + shift: level = code - base (integers), or a table of sixteen. Scales and shifts
 // are [tiles][blocks][16], half or float; a block is 16 columns, a multiple of 32, or the row. Files store zero points as
-// codes; layouts keep those (offset_is_zero) and make shift = -scale * zero on the way.
+// codes; layouts keep those (offset_is_zero) and make shift = -scale * zero on the way. Where the scales of some blocks are
+// small whole numbers of one half (ggml's runs of 256 columns), both are kept as they are: see Nested.
 #pragma once
 
 #include <cstddef>
@@ -31,6 +32,16 @@ inline constexpr std::size_t kSteps = 8;   // steps of a unit
 inline constexpr std::size_t kLine = 64;   // bytes of a line
 
 enum class Holds : std::uint8_t { codes, f32, f16, bf16 };
+
+// Scales or shifts that are outer * (code - bias), the product in float: codes [tiles][blocks][16], outer [tiles][count][16],
+// one outer half for 2**shift blocks.
+struct Nested {
+    const std::uint8_t* codes = nullptr;  // nullptr: not nested
+    const std::uint16_t* outer = nullptr;
+    std::int32_t bias = 0;
+    unsigned shift = 0;
+    std::size_t count = 0;
+};
 
 struct Tiled {
     Holds holds = Holds::codes;
@@ -48,6 +59,7 @@ struct Tiled {
     std::size_t tile_bytes = 0;
     const void* scale = nullptr;
     const void* offset = nullptr;  // nullptr: none
+    Nested nested_scale, nested_offset;  // in the place of what scale and offset point at, which then are the codes
     const std::uint8_t* steps = nullptr;  // [tiles][16]: of whole scales (body_product.hpp), the exponents of steps as floats have them
     float levels[16] = {};         // float levels of a table
     std::uint8_t bytes[16] = {};   // the same as bytes: level is about (byte - 128) * byte_step

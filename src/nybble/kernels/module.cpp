@@ -135,6 +135,7 @@ NB_MODULE(_native, m) {
           nb::arg("bits"), nb::arg("levels").noconvert(), nb::arg("block"), nb::arg("scale").noconvert(),
           nb::arg("offset").noconvert().none(), nb::arg("shifted"), nb::arg("out").noconvert());
     bind_weights(m);
+    bind_search(m);
     bind_engine(m);
     m.def("read_bandwidth", &read_bandwidth, nb::arg("bytes"), nb::arg("threads"), nb::arg("repeats"));
 }

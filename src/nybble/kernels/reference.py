@@ -121,8 +121,8 @@ def whole_scales(weight: Packed) -> NDArray[np.float16] | Floats:
 class Laid:
     """A weight ready for products: here nothing but the weight itself."""
 
-    def __init__(self, weight: Packed | None, values: Floats | None = None) -> None:
-        self.weight, self.values = weight, values
+    def __init__(self, weight: Packed | None, values: Floats | None = None, nested: bool = False) -> None:
+        self.weight, self.values, self.nested = weight, values, nested
 
     @classmethod
     def of_floats(cls, values: NDArray[Any], kind: str, transposed: bool) -> Laid:
@@ -166,10 +166,13 @@ class Laid:
         else:
             y[:] = _fast(x, self.weight)
 
-    def restore(self, packed: Bytes, scale: Parameter, offset: Parameter | None, threads: int) -> None:
-        """Write the stored arrays again."""
+    def restore(self, packed: Bytes, scale: Parameter | None, offset: Parameter | None, threads: int) -> None:
+        """Write the stored arrays again; scale and offset only where they are not nested."""
         assert self.weight is not None
-        packed[:], scale[:] = self.weight.packed, self.weight.scale
+        assert (scale is None) == self.nested
+        packed[:] = self.weight.packed
+        if scale is not None:
+            scale[:] = self.weight.scale
         if offset is not None:
             assert self.weight.offset is not None
             offset[:] = self.weight.offset

@@ -11,6 +11,7 @@ namespace nybble::NYBBLE_ISA {
 #include "body_rows.hpp"
 #include "body_shorts.hpp"
 #include "body_attention.hpp"
+#include "body_search.hpp"
 
 }  // namespace nybble::NYBBLE_ISA
 
@@ -22,5 +23,6 @@ const Kernels NYBBLE_TABLE = {
     NYBBLE_NAME(NYBBLE_ISA), NYBBLE_ISA::pack,         NYBBLE_ISA::unpack,   NYBBLE_ISA::decode_row,   NYBBLE_ISA::sum,
     NYBBLE_ISA::tile_codes,  NYBBLE_ISA::untile_codes, NYBBLE_ISA::tiled_row,  NYBBLE_ISA::largest_scales, NYBBLE_ISA::prepare,        NYBBLE_ISA::product,
     NYBBLE_ISA::quantize_row, NYBBLE_ISA::norm_row,    NYBBLE_ISA::best_of,    NYBBLE_ISA::append,         NYBBLE_ISA::widen_head,
-    NYBBLE_ISA::attend_scratch, NYBBLE_ISA::attend,    NYBBLE_ISA::activate_row};
+    NYBBLE_ISA::attend_scratch, NYBBLE_ISA::attend,    NYBBLE_ISA::activate_row,
+    NYBBLE_ISA::search_runs,   NYBBLE_ISA::nearest_row};
 }  // namespace nybble

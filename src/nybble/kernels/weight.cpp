@@ -8,6 +8,7 @@
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -38,9 +39,9 @@ void give_back(const void* from, std::size_t bytes) {
 
 // [rows, blocks] (or one value for all) to [tiles][blocks][16].
 template <class T>
-void lay_parameters(const T* from, std::size_t stride, const Tiled& w, T* to) {
+void lay_parameters(const T* from, std::size_t stride, const Tiled& w, std::size_t blocks, T* to) {
     for (std::size_t t = 0; t < w.tiles; ++t)
-        for (std::size_t b = 0; b < w.blocks; ++b, to += kRows)
+        for (std::size_t b = 0; b < blocks; ++b, to += kRows)
             for (std::size_t r = 0; r < kRows && t * kRows + r < w.rows; ++r)
                 to[r] = from[stride == 0 ? 0 : (t * kRows + r) * stride + b];
 }
@@ -177,7 +178,7 @@ Memory& Memory::operator=(Memory&& other) noexcept {
     return *this;
 }
 
-LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
+LaidWeight::LaidWeight(const Weight& source, bool drop, int threads, const NestedSource* nested) {
     const Kernels& run = kernels();
     Tiled& w = tiled;
     w.rows = source.rows;
@@ -195,6 +196,7 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
     const bool readable = fits && ((source.affine && near) || (!source.affine && source.bits == 4 && source.offset == nullptr));
     const std::size_t shared = source.scale_stride == 0 ? 1 : w.rows;
     parameter_rows = shared;
+    if (nested != nullptr && !readable) throw std::invalid_argument("nested scales need levels and blocks that kernels know");
     if (!readable) {  // blocks or levels that no kernel knows: decoded once, correct and large
         w.holds = Holds::f32;
         w.tile_bytes = w.columns * kRows * sizeof(float);
@@ -237,11 +239,33 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads) {
     const auto lay = [&](const void* from, bool half, std::size_t stride, Memory& to) {
         to = Memory(w.tiles * std::max<std::size_t>(1, w.blocks) * kRows * (half ? 2 : 4), true);
         if (half)
-            lay_parameters(static_cast<const std::uint16_t*>(from), stride, w, to.as<std::uint16_t>());
+            lay_parameters(static_cast<const std::uint16_t*>(from), stride, w, w.blocks, to.as<std::uint16_t>());
         else
-            lay_parameters(static_cast<const float*>(from), stride, w, to.as<float>());
+            lay_parameters(static_cast<const float*>(from), stride, w, w.blocks, to.as<float>());
         if (drop) give_back(from, (stride == 0 ? 1 : w.rows * stride) * (half ? 2 : 4));
     };
+    if (nested != nullptr) {
+        const auto inner = [&](const NestedSource& from, Memory& codes, Memory& outer, Nested& to) {
+            to.bias = from.bias;
+            to.count = w.blocks / from.per;
+            while ((std::size_t(1) << to.shift) < from.per) ++to.shift;
+            codes = Memory(w.tiles * w.blocks * kRows, true);
+            lay_parameters(from.codes, w.blocks, w, w.blocks, codes.as());
+            outer = Memory(w.tiles * to.count * kRows * 2, true);
+            lay_parameters(from.outer, to.count, w, to.count, outer.as<std::uint16_t>());
+            to.codes = codes.as();
+            to.outer = outer.as<std::uint16_t>();
+        };
+        inner(nested[0], scale_, outer_[0], w.nested_scale);
+        w.scale = scale_.as();
+        if (nested[1].codes != nullptr) {
+            inner(nested[1], offset_, outer_[1], w.nested_offset);
+            w.offset = offset_.as();
+        }
+        steps_ = whole_steps(w);
+        w.steps = steps_.as();
+        return;
+    }
     w.scale_half = source.scale_half;
     lay(source.scale, source.scale_half, source.scale_stride, scale_);
     w.scale = scale_.as();
@@ -307,6 +331,7 @@ void LaidWeight::restore(std::uint8_t* packed, void* scale, void* offset, int th
         else
             restore_parameters(from.as<const float>(), w, parameter_rows, static_cast<float*>(to));
     };
+    if (w.nested_scale.codes != nullptr) return;
     back(scale_, w.scale_half, scale);
     if (w.offset != nullptr) back(offset_, w.offset_half, offset);
 }

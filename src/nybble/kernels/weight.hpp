@@ -43,21 +43,32 @@ struct FloatSource {
     bool transposed;
 };
 
+// Scales or shifts as ggml's runs have them: codes [rows, blocks] times outer halves [rows, blocks / per].
+struct NestedSource {
+    const std::uint8_t* codes;
+    const std::uint16_t* outer;
+    std::int32_t bias;
+    std::size_t per;
+};
+
 class LaidWeight {
   public:
     // From packed codes (kernels.hpp's Weight), whose offset is a zero point in codes or a shift in values. drop: the arrays are not read again,
     // and are a mapped file whose pages are given back. Formats whose blocks do not fit units become float32.
-    LaidWeight(const Weight& source, bool drop, int threads);
+    // nested: scale and offset (codes nullptr: none) in the place of the source's; only for blocks that fit units.
+    LaidWeight(const Weight& source, bool drop, int threads, const NestedSource* nested = nullptr);
     LaidWeight(const FloatSource& source, bool drop, int threads);
 
     Tiled tiled;
-    std::size_t bytes() const { return data_.bytes() + scale_.bytes() + offset_.bytes() + steps_.bytes(); }
-    // The packed rows and parameters it was made from, to the bit; only for weights of codes.
+    std::size_t bytes() const {
+        return data_.bytes() + scale_.bytes() + offset_.bytes() + outer_[0].bytes() + outer_[1].bytes() + steps_.bytes();
+    }
+    // The packed rows and parameters it was made from, to the bit; only for weights of codes, nested parameters left out.
     void restore(std::uint8_t* packed, void* scale, void* offset, int threads) const;
     std::size_t parameter_rows = 0;  // 1 where one scale serves the whole weight
 
   private:
-    Memory data_, scale_, offset_, steps_;
+    Memory data_, scale_, offset_, steps_, outer_[2];
 };
 
 // Zeros behind a vector, so that whole registers can be loaded.

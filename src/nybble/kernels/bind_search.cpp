@@ -1,0 +1,129 @@
+// The Python face of the search for scales and codes, and of rounding to the nearest level.
+#include "bind.hpp"
+#include "cpu.hpp"
+
+#include <limits>
+#include <vector>
+
+namespace nybble {
+namespace {
+
+Levels levels_of(const Vector<const float>& levels) {
+    const std::size_t count = levels.shape(0);
+    require(count >= 2 && count <= 256, "levels must be 2 to 256");
+    Levels out;
+    out.lowest = levels.data()[0];
+    out.highest = levels.data()[count - 1];
+    out.whole = out.lowest == std::floor(out.lowest) && std::fabs(out.lowest) <= 4194304.0f;
+    for (std::size_t i = 1; i < count; ++i) out.whole = out.whole && levels.data()[i] - levels.data()[i - 1] == 1.0f;
+    require(out.whole || count <= 16, "a table has at most 16 levels");
+    for (std::size_t i = 0; i < 16; ++i) {
+        out.at[i] = levels.data()[std::min(i, count - 1)];
+        out.between[i] = i + 1 < count && !out.whole ? (levels.data()[i + 1] + levels.data()[i]) * 0.5f
+                                                     : std::numeric_limits<float>::infinity();
+    }
+    return out;
+}
+
+void search(const Matrix<const float>& weight, const std::optional<Matrix<const float>>& importance, const Vector<const float>& levels,
+            std::size_t block, std::size_t run, int low, int high, bool shifted, std::size_t plains, const Matrix<const float>& tries,
+            const Vector<const float>& dividers, const Matrix<std::uint8_t>& codes, const Matrix<std::uint16_t>& d,
+            const Matrix<std::int8_t>& m, const std::optional<Matrix<std::uint16_t>>& dmin, const std::optional<Matrix<std::int8_t>>& n,
+            int threads) {
+    const std::size_t rows = weight.shape(0), columns = weight.shape(1);
+    require(block >= 1 && run >= block && run % block == 0 && run / block <= 16 && run <= 256 && columns % run == 0,
+            "runs must be at most 16 whole blocks, 256 columns, and divide a row");
+    require(low >= -128 && low <= high && high <= 127, "multipliers must be signed bytes");
+    require(plains >= 1 && tries.shape(0) >= plains && tries.shape(1) == 2 && dividers.shape(0) >= 1, "tries or dividers are missing");
+    const auto fits = [&](const auto& a, std::size_t width) { return a.shape(0) == rows && a.shape(1) == columns / width; };
+    require(fits(codes, 1) && fits(d, run) && fits(m, block), "an output has the wrong shape");
+    require(dmin.has_value() == shifted && n.has_value() == shifted, "dmin and n belong to shifted levels");
+    require(!shifted || (fits(*dmin, run) && fits(*n, block)), "an output has the wrong shape");
+    const bool every_row = importance && importance->shape(0) == rows;
+    require(!importance || (importance->shape(1) == columns && (every_row || importance->shape(0) == 1)), "importance has the wrong shape");
+    threads = threads_for(threads);
+    Search how;
+    how.levels = levels_of(levels);
+    require(how.levels.whole || !shifted, "shifted levels must be whole");
+    how.block = block;
+    how.blocks = run / block;
+    how.low = static_cast<float>(low);
+    how.high = static_cast<float>(high);
+    how.shifted = shifted;
+    how.plains = plains;
+    how.tries = tries.data();
+    how.tries_count = tries.shape(0);
+    how.dividers = dividers.data();
+    how.dividers_count = dividers.shape(0);
+    const float* from = weight.data();
+    const float* important = importance ? importance->data() : nullptr;
+    std::uint8_t* to = codes.data();
+    std::uint16_t *d_to = d.data(), *dmin_to = shifted ? dmin->data() : nullptr;
+    std::int8_t *m_to = m.data(), *n_to = shifted ? n->data() : nullptr;
+    const std::size_t runs = rows * (columns / run), across = columns / run;
+    nb::gil_scoped_release release;
+    const Kernels& kernel = kernels();
+    constexpr std::size_t group = 16;  // sixteens that a thread takes at once
+    const std::size_t sixteens = (runs + 15) / 16;
+    parallel((sixteens + group - 1) / group, threads, [&](std::size_t chunk, int) {
+        std::uint16_t halves[2][16];
+        std::int8_t multipliers[2][16 * 16];
+        SixteenRuns sixteen;
+        sixteen.d = halves[0];
+        sixteen.dmin = halves[1];
+        sixteen.m = multipliers[0];
+        sixteen.n = multipliers[1];
+        for (std::size_t s = chunk * group; s < std::min(sixteens, (chunk + 1) * group); ++s) {
+            for (std::size_t lane = 0; lane < 16; ++lane) {
+                const std::size_t at = std::min(s * 16 + lane, runs - 1);
+                sixteen.weight[lane] = from + at * run;
+                sixteen.importance[lane] = important == nullptr ? nullptr : important + (every_row ? at : at % across) * run;
+                sixteen.codes[lane] = s * 16 + lane < runs ? to + at * run : nullptr;
+            }
+            kernel.search_runs(how, sixteen);
+            for (std::size_t lane = 0; lane < 16 && s * 16 + lane < runs; ++lane) {
+                const std::size_t at = s * 16 + lane;
+                d_to[at] = halves[0][lane];
+                if (shifted) dmin_to[at] = halves[1][lane];
+                for (std::size_t b = 0; b < how.blocks; ++b) {
+                    m_to[at * how.blocks + b] = multipliers[0][16 * b + lane];
+                    if (shifted) n_to[at * how.blocks + b] = multipliers[1][16 * b + lane];
+                }
+            }
+        }
+    });
+}
+
+void nearest(const Matrix<const float>& weight, const Vector<const float>& levels, std::size_t block, const Matrix<const float>& scale,
+             const std::optional<Matrix<const float>>& offset, const Matrix<std::uint8_t>& codes, int threads) {
+    const std::size_t rows = weight.shape(0), columns = weight.shape(1);
+    require(block >= 1, "block must be at least 1");
+    const std::size_t blocks = (columns + block - 1) / block;
+    const auto fits = [&](const auto& a, std::size_t width) { return a.shape(0) == rows && a.shape(1) == width; };
+    require(fits(codes, columns) && fits(scale, blocks) && (!offset || fits(*offset, blocks)), "an array has the wrong shape");
+    threads = threads_for(threads);
+    const Levels table = levels_of(levels);
+    const float *from = weight.data(), *scales = scale.data(), *offsets = offset ? offset->data() : nullptr;
+    std::uint8_t* to = codes.data();
+    nb::gil_scoped_release release;
+    const Kernels& kernel = kernels();
+    const std::size_t group = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, columns));
+    parallel((rows + group - 1) / group, threads, [&](std::size_t chunk, int) {
+        for (std::size_t row = chunk * group; row < std::min(rows, (chunk + 1) * group); ++row)
+            kernel.nearest_row(table, from + row * columns, columns, block, scales + row * blocks,
+                               offsets == nullptr ? nullptr : offsets + row * blocks, to + row * columns);
+    });
+}
+
+}  // namespace
+
+void bind_search(nb::module_& m) {
+    m.def("search", &search, nb::arg("weight").noconvert(), nb::arg("importance").noconvert().none(), nb::arg("levels").noconvert(),
+          nb::arg("block"), nb::arg("run"), nb::arg("low"), nb::arg("high"), nb::arg("shifted"), nb::arg("plains"), nb::arg("tries").noconvert(),
+          nb::arg("dividers").noconvert(), nb::arg("codes").noconvert(), nb::arg("d").noconvert(), nb::arg("m").noconvert(),
+          nb::arg("dmin").noconvert().none(), nb::arg("n").noconvert().none(), nb::arg("threads"));
+    m.def("nearest", &nearest, nb::arg("weight").noconvert(), nb::arg("levels").noconvert(), nb::arg("block"),
+          nb::arg("scale").noconvert(), nb::arg("offset").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("threads"));
+}
+
+}  // namespace nybble
