@@ -21,6 +21,8 @@ reader("llama_cpp")
 ROUNDED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 SEARCHED = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs")
 WEIGHTS = 8 << 20
+UNDEFINED = 1e-36
+"""Blocks of smaller weights have steps whose inverse is no float32; their scale is 0, their codes the compiler's choice."""
 Weight = NDArray[np.float32]
 
 
@@ -76,11 +78,14 @@ def test_the_same_codes(spec: str, ggml: Ggml) -> None:
             assert usable.mean() > 0.9
         codes, params = fmt.round(weight)
         ours = pack(spec, codes, params)
-        wrong = np.argwhere((ours != theirs).any(-1))
+        largest = np.abs(weight).reshape(*ours.shape[:2], 32).max(-1)
+        undefined = (largest > 0) & (largest < UNDEFINED)
+        wrong = np.argwhere((ours != theirs).any(-1) & ~undefined)
         if wrong.size:
             row, block = wrong[0]
             at = weight[row, 32 * block : 32 * block + 32]
             pytest.fail(f"{len(wrong)} of {theirs.shape[0] * theirs.shape[1]} blocks; the first: {at.tolist()}")
+        np.testing.assert_array_equal(QTensor(fmt, codes, params).decode(), ggml.decode(spec, theirs))
 
 
 @cache
