@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from nybble.containers import find_container, open_contents
 from nybble.convert import convert
-from nybble.errors import FileFormatError, NumericError, UsageError
+from nybble.errors import NumericError, UsageError
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations
 from nybble.formats.codebook import NF4, dynamic_levels
@@ -40,7 +40,7 @@ from nybble.formats.codebook import NF4, dynamic_levels
 BNB = find_container("bitsandbytes")
 MODELS = Path(__file__).parents[3] / "shared" / "data" / "models"
 STEM = QUERY.removesuffix("weight")
-FOURS = [f"{name}:g{block}{dq}" for name in ("nf4", "fp4") for block in (32, 64, 128, 256) for dq in ("", ",dq")]
+FOURS = [f"{name}:g{block}{dq}" for name in ("nf4", "fp4") for block in (32, 64, 128, 256) for dq in ("", ",dq", ",f32")]
 STATE = f"{QUERY}.quant_state.bitsandbytes__nf4"
 GOLDEN = {
     "nf4:g64": "13def1c8404d7a87e188e2d2a1f2ede08b406ce217634b51a86e45582a507bd3",
@@ -148,6 +148,8 @@ def test_scales_are_settled_or_refused(tmp_path: Path) -> None:
         BNB.settle(QTensor(tensor.format, tensor.codes, {"scale": np.full((4096, 1), 3e38, np.float32)}))
     four = rounded("nf4:g64", (2, 64))
     assert BNB.settle(four) is four
+    wide = QTensor(parse_format("nf4:g64,f32"), four.codes, {"scale": four.params["scale"].astype(np.float32)})
+    assert_same(BNB.settle(wide), four)
 
 
 def test_values_of_int8_are_within_three_units_in_the_last_place() -> None:
@@ -161,8 +163,8 @@ def test_values_of_int8_are_within_three_units_in_the_last_place() -> None:
 
 
 def test_a_nested_scale_below_zero(tmp_path: Path) -> None:
-    """bitsandbytes would turn the signs of its block, our format has zeros there: neither written nor read, unless its codes are
-    all the level 0."""
+    """bitsandbytes turns the signs of its block, our format has zeros there: it is not written so, unless its codes are all the
+    level 0, and read as what came out."""
     fmt = parse_format("nf4:g64,dq")
     low = int(np.searchsorted(dynamic_levels(), -0.5))
     params = {
@@ -179,15 +181,18 @@ def test_a_nested_scale_below_zero(tmp_path: Path) -> None:
     def other(arrays: dict[str, Tagged], _: dict[str, Any]) -> None:
         arrays[QUERY][1][0] = 0x79
 
-    contents = BNB.read(changed(tmp_path / "first", other))
-    with pytest.raises(FileFormatError, match="1 of its nested scales come out below zero, which turns signs"):
-        contents.read_packed(QUERY)
+    found = BNB.read(changed(tmp_path / "first", other)).read_packed(QUERY)
+    assert str(found.format) == "nf4:g64,f32"
+    assert found.params["scale"][0, 0] == dynamic_levels()[low] + np.float32(0.25) < 0
+    assert np.array_equal(decoded(arrays_of(tmp_path / "first"), QUERY, "nf4"), found.decode())
+    assert_round_trip("bitsandbytes", model({QUERY: found}), tmp_path / "plain")
 
 
 CANDIDATES = {
     ("nf4:g64", (64, 128), "linear"): ("nf4:g64",),
     ("fp4:g256,dq", (64, 512), "linear"): ("fp4:g256,dq",),
     ("nf4:g128,dq", (64, 192), "linear"): ("nf4:g64,dq",),
+    ("nf4:g64,f32", (64, 192), "linear"): ("nf4:g64,f32",),
     ("nf4:channel", (64, 192), "linear"): ("nf4:g64",),
     ("int8:channel", (3, 172), "linear"): ("int8:channel",),
     ("int8:g64", (64, 128), "linear"): ("int8:channel",),

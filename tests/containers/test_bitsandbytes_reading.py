@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hf_contents import QUERY, Tagged, changed, model, rounded, written
+from hf_contents import QUERY, Tagged, arrays_of, changed, model, rounded, written
 from numpy.typing import NDArray
 
 from nybble.containers import find_container
@@ -131,15 +131,19 @@ def test_nested_scales_that_give_no_values(tmp_path: Path) -> None:
 
 
 def test_scales_that_are_no_float16(tmp_path: Path) -> None:
-    contents = model({QUERY: rounded("nf4:g64", (64, 128))})
-    folder = written("bitsandbytes", contents, tmp_path / "out")
+    """As a float32 model has them: kept as float32, and written again as they were."""
+    folder = written("bitsandbytes", model({QUERY: rounded("nf4:g64", (64, 128))}), tmp_path / "out")
 
     def finer(arrays: dict[str, Tagged], _: dict[str, Any]) -> None:
         arrays[f"{QUERY}.absmax"][1][3] = np.float32(0.1)
 
-    found = BNB.read(changed(folder, finer))
-    with pytest.raises(FileFormatError, match=r"absmax 0.100000001 \(1 of 128\) is no float16, in which nf4:g64 keeps"):
-        found.read_packed(QUERY)
+    contents = BNB.read(changed(folder, finer))
+    assert contents.packed[QUERY] == ("nf4:g64,f32", (64, 128))
+    found = contents.read_packed(QUERY)
+    assert found.params["scale"][1, 1] == np.float32(0.1)
+    assert np.array_equal(found.codes, rounded("nf4:g64", (64, 128)).codes)
+    again = arrays_of(written("bitsandbytes", contents, tmp_path / "again"))
+    assert again[f"{QUERY}.absmax"][1].tobytes() == arrays_of(folder)[f"{QUERY}.absmax"][1].tobytes()
 
 
 def test_larger_blocks_and_other_storage(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ CT = find_container("compressed-tensors")
 MODELS = Path(__file__).parents[3] / "shared" / "data" / "models"
 STEM = QUERY.removesuffix("weight")
 SPECS = [f"int{bits}:{block}{asym}" for bits in (2, 4, 8) for block in ("channel", "g32", "g128") for asym in ("", ",asym")]
+SPECS += ["int4:g32,f32", "int8:g128,asym,f32"]
 SCHEMES = (Activations("dynamic"), Activations("static", scale=0.037, zero=113))
 GOLDEN = "bcc32ccf6fdc97c2aae5192e7bd7ccdbf708e2170ee3ddf466e3b94b71ff70b6"
 """SHA-256 of model.safetensors with one weight."""
@@ -88,7 +89,7 @@ def test_write_read_write(spec: str, tmp_path: Path) -> None:
             "weights": {
                 "num_bits": fmt.bits,
                 "type": "int",
-                "symmetric": not spec.endswith("asym"),
+                "symmetric": ",asym" not in spec,
                 "strategy": "group" if grouped else "channel",
                 "group_size": fmt.granularity if grouped else None,
                 "dynamic": False,
@@ -157,6 +158,8 @@ def test_scales_in_the_models_type_where_it_holds_them(dtype: str, wanted: str, 
 CANDIDATES = {
     ("int4:g64", (64, 128), "linear"): ("int4:g64",),
     ("int3:g64", (64, 128), "linear"): ("int4:g64",),
+    ("int4:g64,asym,f32", (64, 128), "linear"): ("int4:g64,asym,f32",),
+    ("int5:g64,f32", (64, 128), "linear"): ("int8:g64,f32",),
     ("int5:g32,asym", (64, 128), "linear"): ("int8:g32,asym",),
     ("int2:channel", (172, 172), "linear"): ("int2:channel",),
     ("int8:tensor", (64, 172), "linear"): ("int8:channel",),

@@ -78,7 +78,7 @@ def test_exceptions_to_the_settings_are_read_off_the_tensors(tmp_path: Path) -> 
 
 
 def test_scales_of_other_types(tmp_path: Path) -> None:
-    """float32 and bfloat16 scales that are float16 too are read; others are refused, since groups of ours have float16."""
+    """float32 and bfloat16 scales that are float16 too are read as such; others stay float32."""
 
     def wide(arrays: dict[str, Tagged], _: dict[str, Any]) -> None:
         arrays[f"{STEM}scales"] = "F32", arrays[f"{STEM}scales"][1].astype(np.float32)
@@ -90,8 +90,11 @@ def test_scales_of_other_types(tmp_path: Path) -> None:
         arrays[f"{STEM}scales"][1][1, 2] = np.float32(0.1)
 
     contents = GPTQ.read(changed(folder, finer))
-    with pytest.raises(FileFormatError, match=r"q_proj.weight': scale 0.100000001 of row 2, group 1 is no float16"):
-        contents.read_packed(QUERY)
+    assert contents.packed[QUERY] == ("int4:g64,asym,f32", (64, 128))
+    found = contents.read_packed(QUERY)
+    assert found.params["scale"][2, 1] == np.float32(0.1)
+    assert found.decode().tobytes() == gptq_values(arrays_of(folder), STEM[:-1], 4, True).tobytes()
+    assert_same(GPTQ.settle(rounded("int4:g64,asym", (64, 128))), rounded("int4:g64,asym", (64, 128)))
 
 
 def put(part: str, tag: str, array: NDArray[Any]) -> Any:

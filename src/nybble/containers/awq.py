@@ -72,7 +72,8 @@ def read(path: Path) -> Contents:
         folder.entry(f"{module}.qzeros", ("I32",), (groups, words))
         folder.entry(f"{module}.scales", ("F16", "BF16", "F32"), (groups, words * PER_WORD))
         asymmetric = bool((folder.read(f"{module}.qzeros").view(np.uint32) != np.uint32(0x88888888)).any())
-        return spec_of(BITS, group, columns, asymmetric), (words * PER_WORD, columns)
+        scale = folder.wide_scales(f"{module}.scales")
+        return spec_of(BITS, group, columns, asymmetric, scale), (words * PER_WORD, columns)
 
     packed = {f"{module}.weight": describe(module) for module in folder.modules("qweight")}
 
@@ -80,7 +81,7 @@ def read(path: Path) -> Contents:
         spec = packed[name][0]
         module = name.removesuffix(".weight")
         codes = unpack_eights(folder.read(f"{module}.qweight"))
-        zero = unpack_eights(folder.read(f"{module}.qzeros")) if spec.endswith(",asym") else None
+        zero = unpack_eights(folder.read(f"{module}.qzeros")) if ",asym" in spec else None
         return tensor_of(parse_format(spec), codes, group, folder.scales(f"{module}.scales").T, zero)
 
     used = {f"{name.removesuffix('weight')}{part}" for name in packed for part in PARTS}

@@ -9,7 +9,8 @@
     W.quant_state.bitsandbytes__nf4 (or __fp4)    uint8: JSON with blocksize, dtype, shape, nested_offset ...
 
 which is our `nf4:g64,dq` to the bit: the same tables, the same order. Blocks run on from row to row, so K must be a multiple of
-the block. A nested scale may come out below zero in bitsandbytes, whose block then changes sign; ours is 0 there.
+the block. A nested scale may come out below zero in bitsandbytes, whose block then changes sign; ours is 0 there, so a weight
+with such a block is read as one without double quantization: same codes, the scales that came out, `nf4:g64,f32`.
 
 8 bits: W int8 [N, K], M.SCB float32 [N] (largest magnitude of a row), M.weight_format uint8 (0: rows), and
 
@@ -34,8 +35,8 @@ from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents
 from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, one_setting, says, write_folder
-from nybble.containers.integers import check_range
-from nybble.errors import NumericError, UsageError, shown
+from nybble.containers.integers import are_halves, check_range, narrowed
+from nybble.errors import FileFormatError, NumericError, UsageError, shown
 from nybble.files.json_strict import parse_object
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.activations import Activations
@@ -44,7 +45,7 @@ from nybble.formats.spec import GROUPS
 
 NAME = "bitsandbytes"
 FOLDER = True
-HOLDS = "nf4 and fp4 (:g32 to :g256, dq or not) and int8:channel for linear layers; floats for the rest"
+HOLDS = "nf4 and fp4 (:g32 to :g256, dq, f32 or neither) and int8:channel for linear layers; floats for the rest"
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {}
 TYPES = ("nf4", "fp4")
 LARGEST_BLOCK = 4096
@@ -78,14 +79,15 @@ def candidates(fmt: Format, shape: tuple[int, int], kind: str) -> tuple[str, ...
     if not fitting:
         return FLOATS
     if isinstance(fmt, Codebook):
-        return (f"{fmt.name}:g{max(fitting)}{',dq' if fmt.double_quantized else ''}",)
+        return (f"{fmt.name}:g{max(fitting)}{',dq' if fmt.double_quantized else ',f32' if fmt.wide else ''}",)
     return (f"nf4:g{max(fitting)}",)
 
 
 def settle(tensor: QTensor) -> QTensor:
-    """A packed layer as it is kept: int8 with scales that are some SCB/127 and inputs rounded but for outliers; nothing else
-    changes. The codes stay."""
+    """A packed layer as it is kept: int8 with scales that are some SCB/127 and inputs rounded but for outliers, float16 scales
+    where those hold them. The codes stay."""
     if str(tensor.format) != "int8:channel":
+        tensor = narrowed(tensor)
         return tensor if tensor.activations is None else QTensor(tensor.format, tensor.codes, tensor.params)
     scale = _largest(tensor.params["scale"]) / TOP
     kept = tensor.activations
@@ -183,13 +185,12 @@ class _State:
         inner = next((size for size in sorted(GROUPS, reverse=True) if self.block % size == 0), None)
         if inner is None or (self.nested and inner != self.block):
             raise self._broken(f"its block is {self.block}; nybble has {', '.join(map(str, GROUPS))}")
-        self.format = parse_format(f"{kind}:g{inner}{',dq' if self.nested else ''}")
         scales = weights // self.block
         self.parts = {name, key, f"{name}.absmax", f"{name}.quant_map"}
         width = STORAGE.get(folder.entry(name, tuple(STORAGE), (None, 1)).dtype, 1)
         folder.entry(name, tuple(STORAGE), (weights // 2 // width, 1))
         folder.entry(f"{name}.absmax", ("U8",) if self.nested else ("F32",), (scales,))
-        self._table("quant_map", self.format.levels)
+        self._table("quant_map", parse_format(kind).levels)
         self.offset = 0.0
         if self.nested:
             self.parts |= {f"{name}.nested_absmax", f"{name}.nested_quant_map"}
@@ -200,6 +201,19 @@ class _State:
             if not isinstance(offset, int | float) or not abs(offset) < float(np.finfo(np.float32).max):
                 raise self._broken(f"nested_offset of its quant_state is {shown(offset)}, not a number")
             self.offset = float(offset)
+        try:
+            self.format = self._format(f"{kind}:g{inner}")
+        except ValueError as error:
+            if isinstance(error, FileFormatError):
+                raise
+            raise self._broken(str(error)) from error
+
+    def _format(self, plain: str) -> Format:
+        """The format that keeps the scales as they are."""
+        double = parse_format(f"{plain},dq")
+        if self.nested and not self._turns_signs(double):
+            return double
+        return parse_format(plain if are_halves(self._scales()) else f"{plain},f32")
 
     def _broken(self, why: str) -> Exception:
         return self.folder.broken(f"tensor {shown(self.name)}: {why}")
@@ -222,30 +236,35 @@ class _State:
         if not np.array_equal(self.folder.read(name), levels):
             raise self.folder.broken(f"tensor {shown(name)} is another table than that of bitsandbytes")
 
-    def tensor(self) -> QTensor:
-        """The weight."""
+    def _codes(self) -> NDArray[np.uint8]:
         packed = self.folder.read(self.name).reshape(-1).view(np.uint8)
-        codes = np.stack([packed >> np.uint8(4), packed & np.uint8(15)], axis=1).reshape(self.shape)
-        blocks = (self.shape[0], self.shape[1] // self.block)
-        if not self.nested:
-            scale = np.repeat(self.folder.scales(f"{self.name}.absmax").reshape(blocks), self.block // _block(self.format), 1)
-            kept = self.format.from_grid(scale.astype(np.float64), None)
-            if not np.array_equal(kept["scale"].astype(np.float32), scale):
-                bad = scale[kept["scale"].astype(np.float32) != scale]
-                raise ValueError(
-                    f"absmax {bad[0]:.9g} ({bad.size} of {scale.size}) is no float16, in which {self.format} keeps its scales"
-                )
-            return QTensor(self.format, codes, kept)
-        params = {
-            "scale_codes": self.folder.read(f"{self.name}.absmax").reshape(blocks),
+        return np.stack([packed >> np.uint8(4), packed & np.uint8(15)], axis=1).reshape(self.shape)
+
+    def _params(self) -> dict[str, NDArray[Any]]:
+        """Those of double quantization."""
+        return {
+            "scale_codes": self.folder.read(f"{self.name}.absmax").reshape(self.shape[0], self.shape[1] // self.block),
             "scale_scale": self.folder.scales(f"{self.name}.nested_absmax"),
             "scale_offset": np.array([self.offset], np.float32),
         }
-        if turned := _turned_blocks(params, codes, self.format):
-            raise ValueError(
-                f"{turned} of its nested scales come out below zero, which turns signs; scales of dq here are never below"
-            )
-        return QTensor(self.format, codes, params)
+
+    def _scales(self) -> NDArray[np.float32]:
+        """float32 [N, K/block]: what each block is multiplied with."""
+        if self.nested:
+            return _raw_scales(self._params())
+        return self.folder.scales(f"{self.name}.absmax").reshape(self.shape[0], self.shape[1] // self.block)
+
+    def _turns_signs(self, fmt: Format) -> bool:
+        """Whether a nested scale comes out below zero where it is not multiplied with zeros."""
+        return bool((self._scales() < 0).any()) and _turned_blocks(self._params(), self._codes(), fmt) > 0
+
+    def tensor(self) -> QTensor:
+        """The weight."""
+        assert isinstance(self.format, Codebook)
+        if self.format.double_quantized:
+            return QTensor(self.format, self._codes(), self._params())
+        scale = np.repeat(self._scales(), self.block // _block(self.format), axis=1)
+        return QTensor(self.format, self._codes(), self.format.from_grid(scale.astype(np.float64), None))
 
 
 def _raw_scales(params: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

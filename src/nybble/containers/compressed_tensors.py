@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from nybble.containers.compressed_tensors_schemes import BITS, INT, PACKED, Scheme, read_schemes
 from nybble.containers.contents import Contents
 from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, says, write_folder
-from nybble.containers.integers import WHOLE_ROW, grid_of, nearest, spec_of, tensor_of
+from nybble.containers.integers import WHOLE_ROW, grid_of, narrowed, nearest, spec_of, tensor_of
 from nybble.containers.words import pack_words, unpack_words, word_count
 from nybble.errors import UsageError, shown
 from nybble.formats import Format, QTensor, parse_format
@@ -64,12 +64,14 @@ def candidates(fmt: Format, shape: tuple[int, int], kind: str) -> tuple[str, ...
     if fmt.granularity not in ("tensor", "channel") and shape[1] % min(GROUPS):
         return FLOATS
     spec = nearest(fmt, shape, BITS, GROUPS, channel=True)
+    if spec is not None and getattr(fmt, "wide", False):
+        return (f"{spec},f32",)
     return () if spec is None else (spec,)
 
 
 def settle(tensor: QTensor) -> QTensor:
-    """A packed layer as it is kept: exactly as it is."""
-    return tensor
+    """A packed layer as it is kept: exactly as it is, with float16 scales in groups where those hold them."""
+    return narrowed(tensor)
 
 
 def read(path: Path) -> Contents:
@@ -151,7 +153,8 @@ def _spec(folder: Folder, module: str, scheme: Scheme, shape: tuple[int, int]) -
     if scheme.whole:
         return f"int{scheme.bits}:tensor{',asym' if scheme.asymmetric else ''}"
     try:
-        return spec_of(scheme.bits, scheme.group, shape[1], scheme.asymmetric)
+        scale = folder.wide_scales(f"{module}.weight_scale")
+        return spec_of(scheme.bits, scheme.group, shape[1], scheme.asymmetric, scale)
     except ValueError as error:
         raise folder.broken(f"tensor {shown(f'{module}.weight')}: {error}") from error
 

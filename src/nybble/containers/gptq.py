@@ -118,7 +118,8 @@ class _Reader:
         self.folder.entry(f"{module}.qzeros", ("I32",), (groups, word_count(rows, bits)))
         middle = np.int32(2 ** (bits - 1))
         try:
-            spec = spec_of(bits, group, columns, bool((self._zeros(module, rows, bits) != middle).any()))
+            asymmetric = bool((self._zeros(module, rows, bits) != middle).any())
+            spec = spec_of(bits, group, columns, asymmetric, self.folder.wide_scales(f"{module}.scales"))
         except ValueError as error:
             raise self.folder.broken(f"tensor {shown(f'{module}.qweight')}: {error}") from error
         self._order(module, columns, group, groups)
@@ -131,7 +132,7 @@ class _Reader:
         scale = self.folder.scales(f"{module}.scales")
         group = self._group(module, columns, len(scale))
         order = self._order(module, columns, group, len(scale))
-        zero = self._zeros(module, rows, fmt.bits)[order].T if spec.endswith(",asym") else None
+        zero = self._zeros(module, rows, fmt.bits)[order].T if ",asym" in spec else None
         codes = unpack_words(self.folder.read(f"{module}.qweight").T, columns, fmt.bits)
         return tensor_of(fmt, codes, group, scale[order].T, zero)
 

@@ -114,6 +114,10 @@ class Folder:
             raise self.broken(f"tensor {shown(name)} holds {int(bad.sum())} values that are not finite, the first at {at}")
         return scales
 
+    def wide_scales(self, name: str) -> NDArray[np.float32] | None:
+        """A tensor of scales, unless it is stored as float16."""
+        return None if self._files[name].entries[name].dtype == "F16" else self.scales(name)
+
     def contents(
         self,
         container: str,

@@ -4,7 +4,7 @@
 
 is the formula of our own `int` formats, so codes and zero points go over as they are. Two things may differ. A group may be
 larger than ours go (512): its scale is then written for each of our groups in it. And a scale may be stored in another type:
-a group of ours has a float16, a row a float32; a scale that is not exactly that is refused, never rounded in silence.
+where one of a tensor's is no float16, the format is the one with float32 scales (`f32`), so nothing is rounded in silence.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ WHOLE_ROW = -1
 """A group size that stands for all columns."""
 
 
-def spec_of(bits: int, group: int, columns: int, asymmetric: bool) -> str:
-    """The spec of our format for groups of `group` columns. Raises ValueError for a group that is none of ours and holds none
-    of them in whole numbers."""
+def spec_of(bits: int, group: int, columns: int, asymmetric: bool, scale: NDArray[np.float32] | None) -> str:
+    """The spec of our format for groups of `group` columns; `scale` are its scales where they are not stored as float16.
+
+    Raises ValueError for a group that is none of ours and holds none of them in whole numbers."""
     inner = next((size for size in sorted(GROUPS, reverse=True) if group % size == 0), None)
     if group == WHOLE_ROW or (group >= columns and group not in GROUPS):
         suffix = "channel"
@@ -34,7 +35,24 @@ def spec_of(bits: int, group: int, columns: int, asymmetric: bool) -> str:
         )
     else:
         suffix = f"g{inner}"
-    return f"int{bits}:{suffix}{',asym' if asymmetric else ''}"
+    wide = suffix != "channel" and scale is not None and not are_halves(scale)
+    return f"int{bits}:{suffix}{',asym' if asymmetric else ''}{',f32' if wide else ''}"
+
+
+def are_halves(scale: NDArray[np.float32]) -> bool:
+    """Whether float16 holds all of these float32."""
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(scale.astype(np.float16).astype(np.float32), scale))
+
+
+def narrowed(tensor: QTensor) -> QTensor:
+    """A tensor with float32 scales in groups in the format with float16 ones, where those hold them: what reading gives."""
+    fmt = tensor.format
+    if not getattr(fmt, "wide", False) or not are_halves(tensor.params["scale"]):
+        return tensor
+    scale = tensor.params["scale"].astype(np.float16)
+    narrow = parse_format(str(fmt).removesuffix(",f32"))
+    return QTensor(narrow, tensor.codes, {**tensor.params, "scale": scale}, tensor.activations)
 
 
 def tensor_of(
@@ -90,6 +108,7 @@ def halves(scale: NDArray[np.float32], name: str, container: str) -> NDArray[np.
 def settled(tensor: QTensor) -> QTensor:
     """A tensor as a container keeps it that stores every scale as float16 and says nothing of inputs: the same codes, scales
     rounded to float16 where they are wider. Raises NumericError for a scale that overflows."""
+    tensor = narrowed(tensor)
     scale = tensor.params["scale"]
     with np.errstate(over="ignore"):
         rounded = scale.astype(np.float16).astype(scale.dtype)

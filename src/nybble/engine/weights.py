@@ -97,7 +97,7 @@ class Weights:
         if fmt.is_cast:
             return kernels.lay_floats(_aligned(stored["values"]), CASTS[str(fmt)], False, drop, threads)
         codes = _aligned(stored.pop("codes"))
-        scale, offset = fmt.kernel_grid(stored)
+        scale, offset = fmt.kernel_parameters(stored)
         levels = np.ascontiguousarray(fmt.levels)
         block = fmt.block(shape[1])
         return kernels.lay(

@@ -55,7 +55,10 @@ class PackedWeight(nn.Module):
     def __init__(self, spec: str | Format, shape: tuple[int, int], activations: Activations | None = None) -> None:
         super().__init__()
         self._laid: kernels.Laid | None = None
-        self._offset_dtype: np.dtype[Any] | None = None  # of the offsets in the kernel layout
+        self._scale_dtype: np.dtype[Any] | None = (
+            None  # of what the kernel layout gives back as scales and offsets; None: neither
+        )
+        self._offset_dtype: np.dtype[Any] | None = None
         self.format = parse_format(spec)
         self.shape = torch.Size(shape)
         for suffix, (dtype, size) in self.format.storage(shape).items():
@@ -124,7 +127,9 @@ class PackedWeight(nn.Module):
             if self._laid is None:
                 return tensors
             again = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors.items() if value.is_meta}
-            scale = again["scale"].numpy() if "scale" in again else np.empty(self._grid_shape, dtype=np.float32)
+            scale = None if self._scale_dtype is None else np.empty(self._grid_shape, dtype=self._scale_dtype)
+            if "scale" in again:
+                scale = again["scale"].numpy()
             offset = None if self._offset_dtype is None else np.empty(self._grid_shape, dtype=self._offset_dtype)
             self._laid.restore(again["codes"].numpy(), scale, offset, torch.get_num_threads())
             return {**tensors, **again}
@@ -143,7 +148,7 @@ class PackedWeight(nn.Module):
             if self._laid is None:
                 arrays = self._arrays()
                 codes, columns = arrays.pop("codes"), self.shape[1]
-                scale, offset = self.format.kernel_grid(arrays)
+                scale, offset = self.format.kernel_parameters(arrays)
                 codes = np.require(codes, requirements=("C", "A"))
                 block, threads = self.format.block(columns), torch.get_num_threads()
                 laid = kernels.lay(
@@ -158,8 +163,10 @@ class PackedWeight(nn.Module):
                     shifted=self.format.shifted,
                 )
                 assert laid.holds_codes, f"the kernels have no layout for {self.format}"
-                given_up = {name: self.get_buffer(name) for name in ("codes", "scale") if name in self._buffers}
-                self._offset_dtype = None if offset is None else offset.dtype
+                as_stored = not isinstance(scale, kernels.Nested) and scale is arrays.get("scale")
+                given_up = {name: self.get_buffer(name) for name in ("codes", "scale")[: 2 if as_stored else 1]}
+                self._scale_dtype = None if isinstance(scale, kernels.Nested) else scale.dtype
+                self._offset_dtype = None if offset is None or isinstance(offset, kernels.Nested) else offset.dtype
                 self._buffers.update({name: torch.empty_like(value, device="meta") for name, value in given_up.items()})
                 self._laid = laid
                 if kernels.native_available():  # the reference keeps the arrays themselves
