@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import nybble
 from nybble.errors import InputError, UsageError
@@ -68,6 +69,56 @@ def test_every_format(
             for weight, account in quantized.accounts.items():
                 assert account.loss <= account.loss_of_rounding * (1 + 1e-6) or parse_method(name).settings.target, weight
     torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=0)  # the model given is left as it was
+
+
+GGML = ("q4_k", "q4_1", "q3_k", "q4_0", "iq4_xs", "q5_k", "mxfp4", "q6_k", "iq4_nl", "q2_k", "q5_0", "q8_0", "q5_1")
+
+
+def ggml_cases() -> list[Any]:
+    """(method, formats): two formats with every method, in turn; the others slow."""
+    found = []
+    for i, name in enumerate(method_names()):
+        turn = GGML[2 * i % len(GGML) :] + GGML[: 2 * i % len(GGML)]
+        found += [
+            pytest.param(name, turn[:2], id=name),
+            pytest.param(name, turn[2:], marks=pytest.mark.slow, id=f"{name}-others"),
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def wide() -> Any:
+    """One block of GPT-2 whose rows are whole runs of ggml's formats: 256 and 1024 columns."""
+    settings = {"vocab_size": 97, "n_positions": 64, "n_embd": 256, "n_layer": 1, "n_head": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(**settings, bos_token_id=1, eos_token_id=2)).eval()
+
+
+@pytest.mark.parametrize(("name", "formats"), ggml_cases())
+def test_formats_of_ggml(name: str, formats: tuple[str, ...], wide: Any, ids: torch.Tensor, logits: Any) -> None:
+    expected = logits(wide, ids)
+    method = parse_method(name)
+    for spec in formats:
+        if method.settings.activations != "float" and not spec.startswith("q"):
+            with pytest.raises(UsageError, match="multiplies integers"):
+                nybble.quantize(wide, spec, name, WINDOWS)
+            continue
+        quantized = nybble.quantize(wide, spec, FEWER_STEPS.get(name, name), WINDOWS)
+        assert {str(tensor.format) for tensor in quantized.tensors.values()} == {spec}
+        error = float((logits(quantized.model(), ids) - expected).abs().max() / expected.abs().max())
+        assert error < (0.1 if spec == "q8_0" else 1.5)
+        for weight, account in quantized.accounts.items():
+            assert account.loss <= account.loss_of_rounding * (1 + 1e-6) or method.settings.target, weight
+            assert account.loss > 0
+    torch.testing.assert_close(logits(wide, ids), expected, rtol=0, atol=0)
+
+
+def test_feedback_pays_in_runs_of_256_columns(wide: Any) -> None:
+    """The multipliers of a run are fitted before the loop and stay; the codes still make up for each other's errors."""
+    for spec in ("q4_k", "q3_k", "iq4_xs"):
+        accounts = nybble.quantize(wide, spec, "gptq", WINDOWS).accounts.values()
+        assert sum(a.loss for a in accounts) < 0.6 * sum(a.loss_of_rounding for a in accounts)
 
 
 @pytest.mark.parametrize("method", ["gptq", "gptq:inputs=float", "guided:bias", "best:tune=2:block_tune=2:norms:bias"])
