@@ -119,8 +119,11 @@ class GgmlBlocks(PackedFormat):
         if self.name == "mxfp4":
             return {"exponent": _exponent(np.abs(view).max(-1))}
         if self.shifted:
-            low = view.min(-1)
-            return {"scale": half((view.max(-1) - low) / np.float32(2**self.bits - 1), "scale"), "shift": half(low, "shift")}
+            low = np.take_along_axis(view, view.argmin(-1)[..., None], -1)[..., 0]  # the first of equal ones: zeros have signs
+            return {
+                "scale": half(np.abs(view.max(-1) - low) / np.float32(2**self.bits - 1), "scale"),
+                "shift": half(low, "shift"),
+            }
         return {"scale": half(self._wide_scale(view), "scale")}
 
     def _wide_scale(self, view: Float32) -> Float32:
@@ -128,7 +131,7 @@ class GgmlBlocks(PackedFormat):
         if self.name == "q8_0":
             return np.abs(view).max(-1) / np.float32(127)
         largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
-        return largest / np.float32(-(2 ** (self.bits - 1)))
+        return (largest + np.float32(0)) / np.float32(-(2 ** (self.bits - 1)))  # of zeros, whatever their signs: -0, as ggml
 
     @np.errstate(over="ignore", invalid="ignore", divide="ignore")
     def _plain_codes(self, view: Float32) -> NDArray[np.uint8]:
