@@ -88,6 +88,28 @@ for rows, columns, _ in shapes:
                 y = guarded(np.zeros((count, rows), dtype=np.float32))
                 laid.product(x, y, True, 2)
                 assert np.allclose(y, x @ values.T, rtol=0.05, atol=0.2)
+for block, run, low, high, shifted, count in ((32, 256, 0, 63, True, 16), (16, 256, -32, 31, False, 8), (32, 32, 1, 1, False, 9)):
+    levels = np.arange(count) * 1.0 if shifted or count == 8 else random.normal(size=count).cumsum() ** 3
+    how = (guarded(np.sort(levels).astype(np.float32)), block, run, low, high, shifted, 1,
+           guarded(np.array([[count - 1, 0], [count, 0.5]], np.float32)), guarded(np.array([high, high + 3], np.float32)))
+    for rows, runs in ((1, 1), (5, 3), (2, 8), (17, 1)):
+        weight = guarded(random.normal(size=(rows, runs * run)).astype(np.float32))
+        importance = guarded(random.random((1, runs * run)).astype(np.float32))
+        outs = [guarded(np.zeros(shape, dtype)) for shape, dtype in (
+            ((rows, runs * run), np.uint8), ((rows, runs), np.uint16), ((rows, runs * run // block), np.int8),
+            ((rows, runs), np.uint16), ((rows, runs * run // block), np.int8))]
+        found = kernels.search(weight, kernels.Search(*how), importance)
+        if kernels.native():
+            kernels.native().search(weight, importance, *how, *outs[:3], *(outs[3:] if shifted else (None, None)), 2)
+            assert (outs[0] == found.codes).all()
+for columns, block in ((1, 1), (7, 3), (33, 16), (90, 32)):
+    weight, scale = (guarded(random.normal(size=(3, n)).astype(np.float32)) for n in (columns, -(-columns // block)))
+    codes = guarded(np.zeros((3, columns), np.uint8))
+    for levels in (np.arange(8) - 4.0, np.sort(random.normal(size=16))):
+        found = kernels.nearest(weight, guarded(levels.astype(np.float32)), block, scale, scale)
+        if kernels.native():
+            kernels.native().nearest(weight, guarded(levels.astype(np.float32)), block, scale, scale, codes, 2)
+            assert (codes == found).all()
 print("read", kernels.instruction_set())
 """
 
