@@ -4,7 +4,8 @@
 
 `do` of the job is `shape` (write a model of random weights), `check` (is the runtime installed), `make` (write the file
 that a racer reads), `convert` (write the one that a peer makes it from) or `measure`. SPAWNED is the time (seconds since
-1970) when the parent started this process, for systems that do not say so themselves. Whatever libraries print goes to standard error.
+1970) when the parent started this process, for systems that do not say so themselves. Whatever libraries print goes to
+standard error.
 """
 
 from __future__ import annotations

@@ -229,8 +229,8 @@ def nested(name: str, value: Nested, rows: int, blocks: int) -> Nested:
     per = blocks // max(1, outer.shape[1])
     if codes_found.shape != (rows, blocks) or outer.shape[0] != rows or per * outer.shape[1] != blocks or per & (per - 1):
         raise ValueError(
-            f"nested {name} has codes {codes_found.shape} and outer {outer.shape}; they must be {(rows, blocks)} and a power of two "
-            "fewer"
+            f"nested {name} has codes {codes_found.shape} and outer {outer.shape}; "
+            f"they must be {(rows, blocks)} and a power of two fewer"
         )
     return Nested(codes_found, integer(f"bias of {name}", value.bias, 0, 255), outer)
 
