@@ -275,7 +275,7 @@ def plain_params(fmt: Format, weight: NDArray[np.float32]) -> dict[str, Any]:
     view = weight.reshape(len(weight), -1, fmt.block(weight.shape[1])).astype(np.float64)
     if fmt.shifted:
         low = np.minimum(view.min(-1), 0)
-        return fmt.from_grid((np.maximum(view.max(-1), 0) - low) / fmt.levels[-1], low)
+        return fmt.from_grid((view.max(-1) - low) / fmt.levels[-1], low)
     largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
     return fmt.from_grid(largest / fmt.levels[0], None)
 

@@ -117,8 +117,7 @@ def test_no_error_is_above_that_of_the_plain_range(name: str) -> None:
     view = weight.reshape(64, -1, how.block)
     if how.shifted:
         low = view.min(-1) if how.low == how.high else np.minimum(view.min(-1), 0)
-        high = view.max(-1) if how.low == how.high else np.maximum(view.max(-1), 0)
-        scale, offset = (high - low) / how.tries[0, 0], low
+        scale, offset = (view.max(-1) - low) / how.tries[0, 0], low
     else:
         scale = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0] / how.tries[0, 0]
         offset = None

@@ -7,7 +7,8 @@ A block is 16 or 32 columns. Layouts: ggml's src/ggml-common.h and ggml-quants.c
 the file. Blocks of a run are not independent: they share d and dmin.
 
 Params are searched, with importance or without (ggml_search.py): the error is never above that of the plain range, which is
-the one from the smallest weight of a block, or zero, to the largest (shifted), or from zero to the one of largest magnitude.
+the one from the smallest weight of a block, or zero if that is smaller, to the largest (shifted), or from zero to the one of
+largest magnitude.
 `encode` rounds to nearest, halves to the even quotient (iq4_xs: to the lower level). Values are exact in float32 but for the
 last sum or product, and equal to those of ggml. A search may clip a weight to spare the others; `max_error` says how far.
 """
@@ -152,13 +153,16 @@ class GgmlRuns(PackedFormat):
         return {"d": d, "dmin": d, "scale": own, "min": own} if self.shifted else {"d": d, "scale": own}
 
     def max_error(self, params: Params) -> Float64:
-        """Two steps of the block, and two of the next multiple of d on all levels. Not proven: found on weights of many kinds
-        (normal, heavy tails, sparse, magnitudes of a run 2^12 apart), the worst of which had 1.5 of the latter."""
+        """Two steps of the block, two of the next multiple of d on all levels, and one of dmin. Not proven: found on weights of
+        many kinds (normal, heavy tails, sparse, magnitudes of a run 2^12 apart), the worst of which took 1.5 of the second."""
         scale = np.abs(self.grid(params)[0].astype(np.float64))
-        d = np.repeat(np.abs(params["d"].astype(np.float64)), self._in_run, axis=1)
         reach = float(np.abs(self.levels).max())
         step = float(np.ptp(self.levels)) / (len(self.levels) - 1)
-        return 2 * step * scale + 2 * reach * (d + max(self._shape.high, -self._shape.low) * 2.0**-25)
+        tiny = max(self._shape.high, -self._shape.low) * 2.0**-25  # what the smallest float16 cannot tell apart
+        shared = 2 * reach * (np.abs(params["d"].astype(np.float64)) + tiny)
+        if self.shifted:
+            shared = shared + np.abs(params["dmin"].astype(np.float64)) + tiny
+        return 2 * step * scale + np.repeat(shared, self._in_run, axis=1)
 
     def __str__(self) -> str:
         return self.name

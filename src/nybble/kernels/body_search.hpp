@@ -15,7 +15,6 @@ inline F zero() { return Lanes::all(0.0f); }
 inline F negative(F x) { return Lanes::sub(zero(), x); }
 inline F clip(F x, float low, float high) { return Lanes::min(Lanes::max(x, Lanes::all(low)), Lanes::all(high)); }
 inline F rounded(F x) { return Lanes::to_float(Lanes::to_whole(x)); }
-inline F positive_part(F x) { return Lanes::choose(Lanes::above(x, zero()), x, zero()); }
 inline F negative_part(F x) { return Lanes::choose(Lanes::above(x, zero()), zero(), x); }
 inline F inverse(F x) {
     return Lanes::choose(Lanes::above(Lanes::abs(x), Lanes::all(kSmallest)), Lanes::div(Lanes::all(1.0f), x), zero());
@@ -102,7 +101,7 @@ struct Runs {
             width[r] = largest;
         } else {
             lowest[r] = alone ? low : negative_part(low);
-            width[r] = Lanes::sub(alone ? high : positive_part(high), lowest[r]);
+            width[r] = Lanes::sub(high, lowest[r]);
         }
     }
 

@@ -178,8 +178,8 @@ class _Runs:
         return found
 
     def ends(self) -> tuple[Floats, Floats]:
-        """Shifted: (lowest weight, range) of each block, with zero in it where minima are not negative. Else: (0, the weight of
-        largest magnitude)."""
+        """Shifted: (lowest weight, range) of each block; from zero where all are positive and dmin cannot be negative. Else: (0,
+        the weight of largest magnitude)."""
         low, high = self.w[:, 0], self.w[:, 0]
         largest = np.zeros_like(low)
         for k in range(self.how.block):
@@ -189,7 +189,7 @@ class _Runs:
         if not self.how.shifted:
             return np.zeros_like(largest), largest
         if not self.alone:
-            low, high = np.where(low > 0, ZERO, low), np.where(high > 0, high, ZERO)
+            low = np.where(low > 0, ZERO, low)
         return low, high - low
 
     def best_of_tries(self, low: Floats, width: Floats) -> tuple[Floats, Floats]:
