@@ -3,7 +3,8 @@
 Each turn is a new process; turns alternate. nybble reads a folder of float32 safetensors, llama.cpp the GGUF file that nybble
 made of it. Seconds of the whole process, and of the call alone: `nybble.convert.convert`, and `llama_model_quantize` of
 llama.cpp's library as llama-cpp-python has it. nybble's time contains reading back what was written, and flushing it to the
-disk. Median of several.
+disk. Seconds of the processors say less of what else goes on. Median of several. The error is the square of what was lost, as a
+share of the squares of the weights.
 
 Run: .interop/bin/python bench/quantize.py [--mix q4_k_m] [--rounds 5] [--threads 2] [--json]
 """
@@ -15,12 +16,20 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
+
+from nybble.containers import open_contents
+from nybble.containers.float import is_transposed
+from nybble.convert import convert
+from nybble.models.shapes import make_shape
 
 OURS = """
 import sys, time
@@ -44,11 +53,29 @@ print(time.perf_counter() - begun)
 """What each child runs; it prints the seconds of its call."""
 
 
-def turn(program: str, arguments: list[str]) -> tuple[float, float]:
-    """(seconds of the whole process, of the call)."""
-    started = time.perf_counter()
+KINDS = ("process_s", "call_s", "cpu_s")
+
+
+def turn(program: str, arguments: list[str]) -> dict[str, float]:
+    """Seconds of the whole process, of the call, and of all processors together."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program, *arguments], check=True, stdout=subprocess.PIPE, text=True)
-    return time.perf_counter() - started, float(done.stdout.split()[-1])
+    whole, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"process_s": whole, "call_s": float(done.stdout.split()[-1]), "cpu_s": cpu}
+
+
+def error_of(path: Path, floats: Path) -> float:
+    """Squared error of the packed weights of a GGUF file, as a share of the squares of the weights in the file that it came from."""
+    made, given = open_contents(path), open_contents(floats)
+    lost = energy = 0.0
+    for name in made.packed:
+        weight, values = given.float32(name), made.read_packed(name).decode()
+        if is_transposed(given.config, name):
+            weight = weight.T
+        lost += float(np.square(values - weight, dtype=np.float64).sum())
+        energy += float(np.square(weight, dtype=np.float64).sum())
+    return lost / energy
 
 
 def main() -> None:
@@ -64,19 +91,17 @@ def main() -> None:
         return
     os.environ.update(OMP_NUM_THREADS=str(args.threads))
 
-    from nybble.convert import convert
-    from nybble.models.shapes import make_shape
-
     mix = args.mix.removeprefix("mix:")
     with tempfile.TemporaryDirectory(prefix="nybble-bench-") as folder:
         source, floats = make_shape(args.shape, Path(folder) / "source"), Path(folder) / "floats.gguf"
         convert(source, floats)
         out = {"nybble": Path(folder) / "ours.gguf", "llama.cpp": Path(folder) / "theirs.gguf"}
-        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in out}
+        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in out}
         for _ in range(args.rounds):
             seconds["nybble"].append(turn(OURS, [str(source), str(out["nybble"]), args.mix]))
             seconds["llama.cpp"].append(turn(THEIRS, [str(floats), str(out["llama.cpp"]), mix, str(args.threads)]))
         sizes = {name: path.stat().st_size for name, path in out.items()}
+        errors = {name: error_of(path, floats) for name, path in out.items()}
     result = {
         "shape": args.shape,
         "mix": mix,
@@ -85,29 +110,28 @@ def main() -> None:
         "llama_cpp_python": importlib.metadata.version("llama-cpp-python"),
         **{
             name: {
-                "process_s": statistics.median(whole for whole, _ in turns),
-                "call_s": statistics.median(call for _, call in turns),
-                "process_s_of_rounds": [round(whole, 3) for whole, _ in turns],
-                "call_s_of_rounds": [round(call, 3) for _, call in turns],
+                **{kind: statistics.median(one[kind] for one in turns) for kind in KINDS},
+                "of_rounds": {kind: [round(one[kind], 3) for one in turns] for kind in KINDS},
                 "bytes": sizes[name],
+                "error": errors[name],
             }
             for name, turns in seconds.items()
         },
     }
     ours, theirs = result["nybble"], result["llama.cpp"]
-    result["ratio"] = {key: ours[key] / theirs[key] for key in ("process_s", "call_s")}
+    result["ratio"] = {key: ours[key] / theirs[key] for key in KINDS}
     if args.json:
         print(json.dumps(result))
         return
     print(f"{args.shape} as {mix}, {args.threads} threads, median of {args.rounds} rounds in turns (least to most)")
-    print(f"{'':10} {'process, s':>26} {'call, s':>26} {'MB':>8}")
+    print(f"{'':10} {'process, s':>26} {'call, s':>26} {'processors, s':>26} {'MB':>8} {'error':>9}")
     for name in out:
         cells = []
-        for key in ("process_s", "call_s"):
-            rounds = result[name][f"{key}_of_rounds"]
-            cells.append(f"{result[name][key]:.2f} ({min(rounds):.2f} to {max(rounds):.2f})")
-        print(f"{name:10} {cells[0]:>26} {cells[1]:>26} {sizes[name] / 1e6:8.1f}")
-    print(f"{'ratio':10} {result['ratio']['process_s']:>26.2f} {result['ratio']['call_s']:>26.2f}")
+        for kind in KINDS:
+            rounds = result[name]["of_rounds"][kind]
+            cells.append(f"{result[name][kind]:.2f} ({min(rounds):.2f} to {max(rounds):.2f})")
+        print(f"{name:10} {cells[0]:>26} {cells[1]:>26} {cells[2]:>26} {sizes[name] / 1e6:8.1f} {errors[name]:9.6f}")
+    print(f"{'ratio':10} " + " ".join(f"{result['ratio'][kind]:>26.2f}" for kind in KINDS))
 
 
 if __name__ == "__main__":
