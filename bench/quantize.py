@@ -66,7 +66,7 @@ def turn(program: str, arguments: list[str]) -> dict[str, float]:
 
 
 def error_of(path: Path, floats: Path) -> float:
-    """Squared error of the packed weights of a GGUF file, as a share of the squares of the weights in the file that it came from."""
+    """Squared error of the packed weights of a GGUF file, as a share of the squares of those in the file of floats."""
     made, given = open_contents(path), open_contents(floats)
     lost = energy = 0.0
     for name in made.packed:
