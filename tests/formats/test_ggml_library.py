@@ -19,6 +19,8 @@ from nybble.formats import parse_format
 
 ROUNDED = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 Weight = NDArray[np.float32]
+UNDEFINED = 1e-36
+"""Steps of smaller blocks have no float32 as inverse: their scale is 0, and which codes ggml has is up to its compiler."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,9 @@ def same(name: str, weight: Weight, ggml: Ggml) -> None:
         assert np.abs(codes.astype(int) - theirs).max() <= 1
         assert (codes != theirs).mean() <= 1e-5
     else:
-        np.testing.assert_array_equal(codes, theirs)
+        largest = np.abs(weight).reshape(len(weight), -1, 32).max(-1)
+        defined = np.repeat((largest == 0) | (largest >= UNDEFINED), 32, axis=1)
+        np.testing.assert_array_equal(codes[defined], theirs[defined])
 
 
 def samples(rng: np.random.Generator, rows: int) -> dict[str, Weight]:
