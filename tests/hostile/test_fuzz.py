@@ -7,6 +7,7 @@ from random import Random
 
 import fuzz
 import good
+import mutants
 import mutate
 import pytest
 
@@ -32,7 +33,7 @@ def test_the_valid_files_are_accepted(tmp_path: Path) -> None:
     """What is mutated is read, and decoded where it is a whole model."""
     for kind, seeds in fuzz.make_seeds(tmp_path).items():
         for seed in seeds:
-            whole = kind == "gguf" or seed.folder.name in fuzz.WHOLE
+            whole = kind == "gguf" or seed.folder.name in mutants.WHOLE
             assert fuzz.try_one(seed, decoded=whole) is None, seed.folder
 
 
