@@ -110,6 +110,15 @@ for columns, block in ((1, 1), (7, 3), (33, 16), (90, 32)):
         if kernels.native():
             kernels.native().nearest(weight, guarded(levels.astype(np.float32)), block, scale, scale, codes, 2)
             assert (codes == found).all()
+for rows, columns, block in ((1, 5, 5), (3, 96, 32), (17, 64, 16)):
+    weight = guarded(random.normal(size=(rows, columns)).astype(np.float32))
+    codes = guarded(np.zeros((rows, columns), np.uint8))
+    scale, shift = (guarded(np.zeros((rows, columns // block), np.float32)) for _ in range(2))
+    for rule in ("range", "ends", "away"):
+        found = kernels.round_blocks(weight, 4, block, rule)[0]
+        if kernels.native():
+            kernels.native().round_blocks(weight, 4, block, rule, codes, scale, shift, 2)
+            assert (codes == found).all()
 print("read", kernels.instruction_set())
 """
 

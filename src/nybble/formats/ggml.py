@@ -42,7 +42,6 @@ from nybble.formats.base import (
     blocked,
     check_finite,
     nearest_stored,
-    slabs,
 )
 from nybble.formats.ggml_search import SHAPES, half, nearest, search
 from nybble.formats.search import blocked_importance
@@ -58,7 +57,8 @@ LARGEST_EXPONENT = 252
 """Beyond it the largest level would not be a float32."""
 EXPONENTS_TRIED = (0, -1, 1, -2)
 """With importance, beside ggml's own."""
-HALF = np.float32(0.5)
+RULES = {"q4_0": "ends", "q5_0": "ends", "q4_1": "range", "q5_1": "range", "q8_0": "away"}
+"""How ggml rounds; kernels/reference_round.py says what they mean."""
 
 
 @dataclass(frozen=True)
@@ -93,62 +93,26 @@ class GgmlBlocks(PackedFormat):
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """Without importance ggml's own params (iq4_nl: searched ones); with it searched ones, never worse."""
-        if importance is not None or self.name == "iq4_nl":
+        if self.name != "mxfp4":
             return self.round(weight, importance)[1]
         self.check_columns(weight.shape[1])
         check_finite(weight)
-        return self._plain(weight)
+        if importance is not None:
+            return self._best_exponents(weight, importance)
+        return {"exponent": _exponent(np.abs(blocked(weight, BLOCK)).max(-1))}
 
     def round(self, weight: Float32, importance: Float32 | None = None) -> tuple[Codes, Params]:
         self.check_columns(weight.shape[1])
         if self.name == "mxfp4":
-            params = self.fit(weight) if importance is None else self._best_exponents(weight, importance)
+            params = self.fit(weight, importance)
             return self.encode(weight, params), params
         if importance is not None or self.name == "iq4_nl":
             found = search(self.name, weight, importance)
             return found.codes, {"scale": found.d} | ({} if found.dmin is None else {"shift": np.float16(0) - found.dmin})
-        params = self.fit(weight)
-        codes = np.empty(weight.shape, np.uint8)
-        for rows in slabs(weight.shape):
-            codes[rows] = self._plain_codes(blocked(weight[rows], BLOCK)).reshape(-1, weight.shape[1])
-        return codes, params
-
-    @np.errstate(over="ignore", invalid="ignore")  # what overflows is found when it is stored
-    def _plain(self, weight: Float32) -> Params:
-        view = blocked(weight, BLOCK)
-        if self.name == "mxfp4":
-            return {"exponent": _exponent(np.abs(view).max(-1))}
-        if self.shifted:
-            low = np.take_along_axis(view, view.argmin(-1)[..., None], -1)[..., 0]  # the first of equal ones: zeros have signs
-            return {
-                "scale": half(np.abs(view.max(-1) - low) / np.float32(2**self.bits - 1), "scale"),
-                "shift": half(low, "shift"),
-            }
-        return {"scale": half(self._wide_scale(view), "scale")}
-
-    def _wide_scale(self, view: Float32) -> Float32:
-        """Scales without shift before they are stored, float32 [N, blocks]."""
-        if self.name == "q8_0":
-            return np.abs(view).max(-1) / np.float32(127)
-        largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
-        return (largest + np.float32(0)) / np.float32(-(2 ** (self.bits - 1)))  # of zeros, whatever their signs: -0, as ggml
-
-    @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-    def _plain_codes(self, view: Float32) -> NDArray[np.uint8]:
-        """ggml's codes of blocks [N, blocks, 32]: by the scale before it is stored."""
-        top = 2**self.bits - 1
-        if self.shifted:
-            low = view.min(-1)
-            steps = (view - low[..., None]) * _inverse((view.max(-1) - low) / np.float32(top))[..., None] + HALF
-        else:
-            steps = view * _inverse(self._wide_scale(view))[..., None]
-            if self.name == "q8_0":  # halves away from zero
-                whole = np.trunc(steps)
-                whole += np.where(np.abs(steps - whole) >= HALF, np.copysign(np.float32(1), steps), np.float32(0))
-                return (np.where(np.isfinite(whole), whole, 0).astype(np.int16) + 128).astype(np.uint8)
-            steps += np.float32(2 ** (self.bits - 1) + 0.5)
-        # The inverse of a scale below 2^-128 is infinite, and so are the steps: what a float beyond all integers becomes.
-        return np.minimum(np.where(np.isfinite(steps), steps, 0).astype(np.uint8), top)
+        check_finite(weight)
+        codes, scale, shift = kernels.round_blocks(_ready(weight), self.bits, BLOCK, RULES[self.name], kernels.cores())
+        params = {"scale": half(scale, "scale")}
+        return codes, params | {"shift": half(shift, "shift")} if self.shifted else params
 
     def _best_exponents(self, weight: Float32, importance: Float32) -> Params:
         """Of ggml's exponents and those near them the ones with the least weighed error."""
@@ -192,7 +156,7 @@ class GgmlBlocks(PackedFormat):
             return nearest(self.name, weight, scale, offset)
         check_finite(weight)
         magnitudes = np.array(MAGNITUDES, np.float32)
-        codes = kernels.nearest(np.abs(weight, dtype=np.float32, order="C"), magnitudes, BLOCK, scale, None, kernels.cores())
+        codes = kernels.nearest(_ready(np.abs(weight)), magnitudes, BLOCK, scale, None, kernels.cores())
         codes += ((weight < 0) & (codes > 0)).view(np.uint8) * np.uint8(8)
         return codes
 
@@ -224,8 +188,8 @@ class GgmlBlocks(PackedFormat):
         return self.name
 
 
-def _inverse(scale: Float32) -> Float32:
-    return np.where(scale == 0, np.float32(0), np.float32(1) / np.where(scale == 0, np.float32(1), scale))
+def _ready(weight: Float32) -> Float32:
+    return np.require(weight, np.float32, ["C", "A"])
 
 
 def _exponent(largest: Float32) -> NDArray[np.uint8]:

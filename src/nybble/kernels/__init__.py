@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import UsageError, unknown_name
-from nybble.kernels import arguments, reference, reference_search
+from nybble.kernels import arguments, reference, reference_round, reference_search
 from nybble.kernels.arguments import Bytes, Floats, Found, Nested, Packed, Parameter, Search, row_bytes
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "product",
     "quantize_activations",
     "read_bandwidth",
+    "round_blocks",
     "row_bytes",
     "rows_of",
     "search",
@@ -325,6 +326,28 @@ def nearest(weight: Floats, levels: Floats, block: int, scale: Floats, offset: F
     else:
         _native.nearest(found, table, block, scales, offsets, out, threads)
     return out
+
+
+def round_blocks(weight: Floats, bits: int, block: int, rule: str, threads: int = 1) -> tuple[Bytes, Floats, Floats]:
+    """(codes uint8 [N, K], scale and shift float32 [N, K / block]) of a finite weight float32 [N, K], rounded as ggml does it by
+    the rule `range`, `ends` or `away` (reference_round.py says what they are), before scale and shift are stored in fewer bits.
+    Raises ValueError for shapes, types or ranges that do not fit.
+    """
+    found: Floats = arguments.array("weight", weight, arguments.FLOAT32, 2)
+    bits = arguments.integer("bits", bits, 2, arguments.MAX_BITS)
+    block = arguments.integer("block", block, 1, arguments.MAX_RUN)
+    if found.shape[1] % block:
+        raise ValueError(f"weight must have rows of whole blocks of {block} columns, got {found.shape[1]}")
+    if rule not in arguments.ROUNDING_RULES:
+        raise ValueError(f"rule must be {', '.join(arguments.ROUNDING_RULES)}, got {rule!r}")
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    each = (found.shape[0], found.shape[1] // block)
+    codes, scale, shift = np.empty(found.shape, np.uint8), np.empty(each, np.float32), np.empty(each, np.float32)
+    if _native is None:
+        reference_round.round_blocks(found, bits, block, rule, codes, scale, shift)
+    else:
+        _native.round_blocks(found, bits, block, rule, codes, scale, shift, threads)
+    return codes, scale, shift
 
 
 def cores() -> int:

@@ -28,6 +28,7 @@ BLOCK = 64
 """Columns that quantized activations share a scale over."""
 MAX_THREADS = 1024
 MAX_COLUMNS = 1 << 31
+ROUNDING_RULES = ("range", "ends", "away")
 MAX_TABLE = 16
 """Levels of a table that a search can hold in registers."""
 MAX_RUN = 256

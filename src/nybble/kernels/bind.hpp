@@ -111,7 +111,7 @@ inline int threads_for(int threads) {
 
 
 void bind_weights(nb::module_& m);  // weights in the kernel layout
-void bind_search(nb::module_& m);   // scales and codes of weights
+void bind_search(nb::module_& m);   // what chooses scales and codes
 void bind_engine(nb::module_& m);
 
 }  // namespace nybble

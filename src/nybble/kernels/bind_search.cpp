@@ -1,4 +1,4 @@
-// The Python face of the search for scales and codes, and of rounding to the nearest level.
+// The Python face of what chooses codes: the search for scales, rounding to the nearest level, rounding as ggml does it.
 #include "bind.hpp"
 #include "cpu.hpp"
 
@@ -115,6 +115,43 @@ void nearest(const Matrix<const float>& weight, const Vector<const float>& level
     });
 }
 
+void round_blocks(const Matrix<const float>& weight, int bits, std::size_t block, const std::string& rule,
+                  const Matrix<std::uint8_t>& codes, const Matrix<float>& scale, const Matrix<float>& shift, int threads) {
+    const std::size_t rows = weight.shape(0), columns = weight.shape(1);
+    require(bits >= 2 && bits <= 8 && block >= 1 && block <= 256 && columns % block == 0, "blocks must divide a row");
+    require(rule == "range" || rule == "ends" || rule == "away", "rule must be range, ends or away");
+    const auto fits = [&](const auto& a, std::size_t width) { return a.shape(0) == rows && a.shape(1) == width; };
+    require(fits(codes, columns) && fits(scale, columns / block) && fits(shift, columns / block), "an output has the wrong shape");
+    threads = threads_for(threads);
+    const RoundBy by = rule == "range" ? RoundBy::range : rule == "ends" ? RoundBy::ends : RoundBy::away;
+    const float* from = weight.data();
+    std::uint8_t* to = codes.data();
+    float *scales = scale.data(), *shifts = shift.data();
+    const std::size_t blocks = rows * (columns / block);
+    nb::gil_scoped_release release;
+    const Kernels& kernel = kernels();
+    constexpr std::size_t group = 2048;  // blocks that a thread takes at once
+    parallel((blocks + group - 1) / group, threads, [&](std::size_t chunk, int) {
+        float values[2][16];
+        for (std::size_t b = chunk * group; b < std::min(blocks, (chunk + 1) * group); b += 16) {
+            SixteenBlocks sixteen;
+            sixteen.scale = values[0];
+            sixteen.shift = values[1];
+            sixteen.block = block;
+            sixteen.bits = bits;
+            const std::size_t count = std::min<std::size_t>(16, blocks - b);
+            for (std::size_t lane = 0; lane < 16; ++lane) {
+                const std::size_t at = b + std::min(lane, count - 1);
+                sixteen.weight[lane] = from + at * block;
+                sixteen.codes[lane] = lane < count ? to + at * block : nullptr;
+            }
+            kernel.round_sixteen(sixteen, by);
+            std::copy_n(values[0], count, scales + b);
+            std::copy_n(values[1], count, shifts + b);
+        }
+    });
+}
+
 }  // namespace
 
 void bind_search(nb::module_& m) {
@@ -124,6 +161,8 @@ void bind_search(nb::module_& m) {
           nb::arg("dmin").noconvert().none(), nb::arg("n").noconvert().none(), nb::arg("threads"));
     m.def("nearest", &nearest, nb::arg("weight").noconvert(), nb::arg("levels").noconvert(), nb::arg("block"),
           nb::arg("scale").noconvert(), nb::arg("offset").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("threads"));
+    m.def("round_blocks", &round_blocks, nb::arg("weight").noconvert(), nb::arg("bits"), nb::arg("block"), nb::arg("rule"),
+          nb::arg("codes").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(), nb::arg("threads"));
 }
 
 }  // namespace nybble

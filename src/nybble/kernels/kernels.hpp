@@ -70,6 +70,19 @@ struct SixteenRuns {
     std::int8_t* n;
 };
 
+// How ggml rounds blocks (reference_round.py).
+enum class RoundBy { range, ends, away };
+
+// Where sixteen blocks lie, and where their codes go; lane i is block i.
+struct SixteenBlocks {
+    const float* weight[16];
+    std::uint8_t* codes[16];  // nullptr: no such block, its weight is any other's
+    float* scale;             // [16], not rounded yet
+    float* shift;
+    std::size_t block;  // columns, at most 256
+    int bits;
+};
+
 // How far ahead of its use a weight is asked for, in bytes.
 inline constexpr std::size_t kAhead = 2048;
 // Bytes of weights that stay near while groups of tokens pass over them.
@@ -109,6 +122,7 @@ struct Kernels {
     // The places in levels nearest to (weight - offset) / scale, for one row of blocks of search.block columns.
     void (*nearest_row)(const Levels& levels, const float* weight, std::size_t columns, std::size_t block, const float* scale,
                         const float* offset, std::uint8_t* codes);
+    void (*round_sixteen)(const SixteenBlocks&, RoundBy rule);
 };
 
 // Scratch of a product with so many rows of x: corrections, and for panels some tiles unpacked to bytes.
