@@ -3,6 +3,7 @@
 # make test       the fast tests; `make test-all` adds the slow ones
 # make check      ruff and mypy
 # make interop    other people's readers open what nybble writes (the first time builds llama-cpp-python: 5 to 10 minutes)
+# make fuzz       a million broken model files through the readers (a quarter of an hour)
 # make sanitize   the kernels and the engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make bench      the benchmarks in bench/
 # make wheel      the wheel in dist/, proved in a fresh environment without a compiler
@@ -16,7 +17,7 @@ NATIVE := CMakeLists.txt pyproject.toml src/nybble/version.py tools/with_compile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := setup
-.PHONY: setup compare test test-all interop check format sanitize bench wheel clean
+.PHONY: setup compare test test-all interop fuzz check format sanitize bench wheel clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +54,10 @@ interop: setup
 	@sh tools/interop.sh environment $(VENV) $(INTEROP)
 	NYBBLE_INTEROP=1 $(INTEROP)/bin/python -m pytest -n 2 --dist loadfile tests/interop \
 	  $$(grep -lE 'importorskip|ggml_library' tests/formats/test_*.py tests/containers/test_*.py) --durations 10 --durations-min 3
+
+# COUNT=100000 SEED=7 for another run.
+fuzz: setup
+	$(BIN)/python tests/hostile/fuzz.py --count $(or $(COUNT),1000000) --seed $(or $(SEED),1)
 
 check: setup
 	$(BIN)/ruff check .

@@ -213,7 +213,7 @@ def test_a_quantized_folder_decodes_like_its_torch_model(name: str, spec: str, s
             "type 'yarn'; the engine knows default, linear, llama3",
         ),
         ("llama", {"num_hidden_layers": 3}, "no model.layers.2.input_layernorm.weight, which llama needs"),
-        ("llama", {"num_attention_heads": 0}, "num_attention_heads 0, not a positive whole number"),
+        ("llama", {"num_attention_heads": 0}, "num_attention_heads 0, not a whole number from 1 to 65536"),
         ("llama", {"hidden_size": 128}, "has shape"),
     ],
 )

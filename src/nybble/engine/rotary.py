@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nybble.errors import InputError
+from nybble.errors import InputError, shown
 
 
 def frequencies(config: Mapping[str, Any], dimensions: int) -> tuple[float, ...]:
@@ -33,7 +33,7 @@ def frequencies(config: Mapping[str, Any], dimensions: int) -> tuple[float, ...]
     elif kind == "llama3":
         scaled = _llama3(plain, settings)
     else:
-        raise InputError(f"config.json has rotary positions of type {kind!r}; the engine knows default, linear, llama3")
+        raise InputError(f"config.json has rotary positions of type {shown(kind)}; the engine knows default, linear, llama3")
     return tuple(float(f) for f in scaled.astype(np.float32))
 
 

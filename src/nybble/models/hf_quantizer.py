@@ -25,10 +25,10 @@ METHOD = "nybble"
 class NybbleConfig(QuantizationConfigMixin):
     """`quantization_config` of a folder: which tensors are packed, in which format and shape."""
 
-    def __init__(self, tensors: dict[str, Any], container: int, **_: Any) -> None:
+    def __init__(self, tensors: dict[str, Any] | None = None, container: int = 0, **_: Any) -> None:
         self.quant_method = METHOD
         self.container = container
-        self.tensors = tensors
+        self.tensors = tensors  # what is missing or wrong is said by `read_entry`, which checks all of it
 
 
 class NybbleQuantizer(HfQuantizer):
