@@ -13,8 +13,9 @@ import pytest
 from decoders import names, rows_there, values_of
 from ggml_layout import SIZES, pack, unpack
 from llama import quantize
-from readers import MODELS, data, reader
+from readers import MODELS, reader
 
+from nybble import demo
 from nybble.containers import open_contents
 from nybble.convert import convert
 from nybble.files.gguf import GgufFile
@@ -132,18 +133,14 @@ def test_nothing_is_lost_of_what_llama_cpp_quantizes(model: str, written: Callab
 @pytest.mark.parametrize("spec", QUANTIZES)
 def test_it_encodes_as_we_do(spec: str) -> None:
     """Random, real and special weights: the same bytes."""
-    from nybble.files.safetensors import SafetensorsFile
-
     rng = np.random.default_rng(3)
     blocks = [rng.standard_normal((64, 1024)).astype(np.float32) * scale for scale in (1e-7, 0.02, 1, 3000)]
     special = np.zeros((8, 1024), np.float32)
     special[1], special[2, ::7], special[3] = 1, -2.5, np.tile(np.arange(32) - 16, 32)
     special[4, 0], special[5], special[6, 5] = 1e-9, -3, -0.0
-    file = SafetensorsFile(data("models", "gpt2-small-attention-partial") / "model.safetensors")
-    name = next(name for name in file.entries if name.endswith("c_attn.weight"))
-    real = np.ascontiguousarray(np.asarray(file.read(name), np.float32).T[:256, :768])
+    real = open_contents(demo.model_folder()).float32("transformer.h.0.attn.c_attn.weight").T
     fmt = parse_format(spec)
-    for weight in (*blocks, special, real):
+    for weight in (*blocks, special, np.ascontiguousarray(real)):
         codes, params = fmt.round(weight)
         theirs = gguf.quants.quantize(weight, getattr(gguf.GGMLQuantizationType, spec.upper()))
         np.testing.assert_array_equal(pack(spec, codes, params).reshape(theirs.shape), theirs)
