@@ -406,13 +406,118 @@ void sampling() {
     }
 }
 
+// ---- scales and codes of weights ----------------------------------------------------------------------------------------
+
+Levels levels_from(float lowest, int count, bool whole) {
+    Levels out{};
+    out.lowest = lowest;
+    out.highest = lowest + float(count - 1);
+    out.whole = whole;
+    for (int i = 0; i < 16; ++i) {
+        out.at[i] = lowest + float(std::min(i, count - 1)) * (whole ? 1.0f : 1.5f);
+        out.between[i] = i + 1 < count ? out.at[i] + 0.75f : INFINITY;
+    }
+    return out;
+}
+
+// Runs of every shape, fewer than sixteen and all, with importance and without: the same from every instruction set.
+void searching() {
+    const float tries[] = {15, 0, 14.5f, 0.25f, -17, 1}, dividers[] = {63, 60, -70};
+    for (const bool important : {false, true})
+        for (const int shape : {0, 1, 2, 3})
+            for (const std::size_t count : {std::size_t(1), std::size_t(16)}) {
+                Search how{};
+                how.levels = levels_from(shape == 0 ? 0.0f : -8.0f, 16, shape != 2);
+                how.block = shape == 1 ? 16 : 32;
+                how.blocks = shape == 3 ? 1 : 256 / how.block;
+                how.shifted = shape == 0;
+                how.low = shape == 3 ? 1.0f : shape == 0 ? 0.0f : -32.0f;
+                how.high = shape == 3 ? 1.0f : shape == 0 ? 63.0f : 31.0f;
+                how.tries = tries;
+                how.dividers = dividers;
+                how.plains = 1;
+                how.tries_count = how.dividers_count = 3;
+                const std::size_t run = how.block * how.blocks;
+                std::vector<std::vector<float>> weights, importances;
+                for (std::size_t i = 0; i < count; ++i) {
+                    weights.push_back(floats(run));
+                    importances.push_back(floats(run));
+                    for (float& h : importances.back()) h = std::fabs(h) + 1e-3f;
+                }
+                std::vector<std::uint8_t> first;
+                with_each([&] {
+                    std::vector<std::vector<std::uint8_t>> codes(count, std::vector<std::uint8_t>(run));
+                    std::vector<std::uint16_t> d(16), dmin(16);
+                    std::vector<std::int8_t> m(16 * how.blocks), n(16 * how.blocks);
+                    SixteenRuns runs{};
+                    for (std::size_t i = 0; i < 16; ++i) {
+                        const std::size_t at = std::min(i, count - 1);
+                        runs.weight[i] = weights[at].data();
+                        runs.importance[i] = important ? importances[at].data() : nullptr;
+                        runs.codes[i] = i < count ? codes[i].data() : nullptr;
+                    }
+                    runs.d = d.data();
+                    runs.dmin = dmin.data();
+                    runs.m = m.data();
+                    runs.n = n.data();
+                    kernels().search_runs(how, runs);
+                    std::vector<std::uint8_t> all;
+                    for (const auto& row : codes) all.insert(all.end(), row.begin(), row.end());
+                    for (std::size_t i = 0; i < count; ++i) all.insert(all.end(), {std::uint8_t(d[i]), std::uint8_t(d[i] >> 8)});
+                    for (std::size_t b = 0; b < how.blocks; ++b) all.push_back(std::uint8_t(m[16 * b]));
+                    if (first.empty()) first = all;
+                    check(all == first, "a search found something else");
+                });
+            }
+}
+
+void rounding() {
+    for (const std::size_t columns : {std::size_t(1), std::size_t(17), std::size_t(70)})
+        for (const bool whole : {false, true}) {
+            const Levels levels = levels_from(-8.0f, 16, whole);
+            const std::size_t blocks = (columns + 31) / 32;
+            const auto weight = floats(columns), scale = floats(blocks, 0.1f), offset = floats(blocks);
+            std::vector<std::uint8_t> first;
+            with_each([&] {
+                std::vector<std::uint8_t> codes(columns);
+                kernels().nearest_row(levels, weight.data(), columns, 32, scale.data(), offset.data(), codes.data());
+                if (first.empty()) first = codes;
+                check(codes == first, "a nearest level is another one");
+            });
+        }
+    for (const RoundBy rule : {RoundBy::range, RoundBy::ends, RoundBy::away}) {
+        std::vector<std::vector<float>> weights;
+        for (int i = 0; i < 5; ++i) weights.push_back(floats(32));
+        std::vector<std::uint8_t> first;
+        with_each([&] {
+            std::vector<std::vector<std::uint8_t>> codes(5, std::vector<std::uint8_t>(32));
+            std::vector<float> scale(16), shift(16);
+            SixteenBlocks blocks{};
+            for (std::size_t i = 0; i < 16; ++i) {
+                blocks.weight[i] = weights[std::min<std::size_t>(i, 4)].data();
+                blocks.codes[i] = i < 5 ? codes[i].data() : nullptr;
+            }
+            blocks.scale = scale.data();
+            blocks.shift = shift.data();
+            blocks.block = 32;
+            blocks.bits = 5;
+            kernels().round_sixteen(blocks, rule);
+            std::vector<std::uint8_t> all;
+            for (const auto& row : codes) all.insert(all.end(), row.begin(), row.end());
+            if (first.empty()) first = all;
+            check(all == first, "a rounded block is another one");
+        });
+    }
+}
+
 }  // namespace
 
 int main() {
     const struct {
         const char* name;
         void (*part)();
-    } parts[] = {{"packing", packing}, {"products", products}, {"engines", engines}, {"crowd", crowd}, {"sampling", sampling}};
+    } parts[] = {{"packing", packing}, {"products", products}, {"engines", engines}, {"crowd", crowd}, {"sampling", sampling},
+                 {"searching", searching}, {"rounding", rounding}};
     for (const auto& p : parts) {
         p.part();
         std::printf("%s: fine on", p.name);
