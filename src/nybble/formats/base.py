@@ -236,6 +236,9 @@ def spread(values: NDArray[Scalar], columns: int, block: int) -> NDArray[Scalar]
 
 def check_finite(weight: Float32) -> None:
     """Raise NumericError that says how many weights are not finite and where the first one is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(weight.sum()):  # a sum of finite ones may overflow; one with another among them is never finite
+            return
     bad = ~np.isfinite(weight)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])

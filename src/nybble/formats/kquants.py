@@ -26,6 +26,7 @@ from nybble.formats.ggml import BLOCK, check_spec
 from nybble.formats.ggml_search import RUN, SHAPES, Shape, nearest, search
 
 NAMED = tuple(name for name, shape in SHAPES.items() if shape.run == RUN)
+REFITS = 4
 WHOLE_BYTE = 8
 """Multipliers of so many bits are stored as int8, others less their lowest and packed."""
 
@@ -173,28 +174,35 @@ def multiples_of_shared(values: Float64, blocks: int, low: int, high: int) -> tu
     any precision, in least squares; exact where they are such products. A d that overflows becomes the largest float16.
 
     Tried are the d of which the largest value is a multiple in the upper half of what there is (a smaller multiple is twice one
-    of half the d), each also refitted to the multipliers that it gives.
+    of half the d); the best is then refitted to its multipliers, as long as that helps.
     """
-    view = np.nan_to_num(values.astype(np.float64)).reshape(values.shape[0], -1, blocks)
-    largest = np.take_along_axis(view, np.abs(view).argmax(-1)[..., None], -1)[..., 0]
-    best, chosen = np.zeros(largest.shape), np.zeros(view.shape)
-    least = np.full(largest.shape, np.inf)
+    view = np.nan_to_num(values.astype(np.float64)).reshape(-1, blocks).T.copy()  # [blocks, runs]: sums over runs side by side
+    largest = np.take_along_axis(view, np.abs(view).argmax(0)[None], 0)[0]
+    best, chosen, least = np.zeros(largest.shape), np.zeros(view.shape), np.full(largest.shape, np.inf)
 
-    def consider(d: Float64) -> Float64:
+    def consider(d: Float64) -> bool:
+        """Whether any run took it."""
         stored = _stored_half(d)
-        divisor = np.where(stored == 0, 1, stored)[..., None]
-        whole = np.clip(np.rint(view / divisor), low, high) * (stored != 0)[..., None]
-        error = ((view - stored[..., None] * whole) ** 2).sum(-1)
+        whole = np.rint(view * np.where(stored == 0, 0, 1 / np.where(stored == 0, 1, stored)))
+        np.clip(whole, low, high, out=whole)
+        off = view - stored * whole
+        error = np.einsum("br,br->r", off, off)
         better = error < least
-        best[better], chosen[better], least[better] = stored[better], whole[better], error[better]
-        return whole
+        np.copyto(best, stored, where=better)
+        np.copyto(chosen, whole, where=better)
+        np.copyto(least, error, where=better)
+        return bool(better.any())
 
-    ends = range(low, low // 2) if low < 0 else range(high, high // 2, -1)
-    for multiple in ends:
-        whole = consider(largest / multiple)
-        square = (whole * whole).sum(-1)
-        consider((view * whole).sum(-1) / np.where(square == 0, 1, square))
-    return best.astype(np.float16), chosen.reshape(values.shape).astype(np.int16)
+    for multiple in range(low, low // 2) if low < 0 else range(high, high // 2, -1):
+        consider(largest / multiple)
+        if not least.any():
+            break
+    for _ in range(REFITS):
+        square = np.einsum("br,br->r", chosen, chosen)
+        if not consider(np.einsum("br,br->r", view, chosen) / np.where(square == 0, 1, square)):
+            break
+    shared = best.reshape(values.shape[0], -1).astype(np.float16)
+    return shared, np.ascontiguousarray(chosen.T).reshape(values.shape).astype(np.int16)
 
 
 def _stored_half(values: Float64) -> Float64:
