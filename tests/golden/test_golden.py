@@ -88,15 +88,70 @@ LARGE = {
 }
 """First half of the SHA-256 of all stored bytes of the [40, 172] matrix, which has short tails and full groups."""
 
+GGML_SMALL = {
+    "q4_0": {
+        "codes": "602cd8935f0bc6824efab5713de8a46f",
+        "scale": "402e",
+    },
+    "q4_1": {
+        "codes": "602bd7935e0ac6823df9b5612ce8945f",
+        "scale": "ab2e",
+        "shift": "40ba",
+    },
+    "q5_0": {
+        "codes": "80e1f1b6915ed5d03281fcccbfac70bac48ee867",
+        "scale": "402a",
+    },
+    "q5_1": {
+        "codes": "60ddf1b4913dd5c03081fb4cafac68b9408ee85f",
+        "scale": "742a",
+        "shift": "40ba",
+    },
+    "q8_0": {
+        "codes": "015fbd1a78d63492f04dab0967c52280de3b99f755b3106ecc2a88e643a1ff5c",
+        "scale": "4d1e",
+    },
+    "iq4_nl": {
+        "codes": "501ce7934f1bd6823efac5612de9a35f",
+        "scale": "a61e",
+    },
+    "mxfp4": {
+        "codes": "bfe5692ec7f45a0ed6724cafe6613db7",
+        "exponent": "7c",
+    },
+}
+"""One block of ggml's formats: the [1, 32] matrix, as ggml itself rounds it but for iq4_nl."""
+
+GGML_LARGE = {
+    "q4_0": ("24a7cbd69922bffc", "c62c653c69a6d2c8"),
+    "q4_1": ("7304cabb825029c0", "ece866da578da174"),
+    "q5_0": ("54c7d3465279cfaa", "af83c6a36f987267"),
+    "q5_1": ("f3f7feab9c525432", "5278d3aa56adbaa9"),
+    "q8_0": ("83c09a17d2a6c33e", "62248c5efc3f8d01"),
+    "iq4_nl": ("c857dec180e06bdb", "a88b633805756162"),
+    "mxfp4": ("fa66682342cf10f2", "fa66682342cf10f2"),
+    "q2_k": ("2e39a5f56a3fda73", "287b3b4c052514c5"),
+    "q3_k": ("c15321e6c3707615", "f97af2318ab43157"),
+    "q4_k": ("212a426b0b313405", "4b106511e2d341b1"),
+    "q5_k": ("6a938b5477fc4ec6", "03ebeb9dcde7e5dd"),
+    "q6_k": ("fbc866c9591f88ec", "e8cc4c9a48aa0800"),
+    "iq4_xs": ("4869ea158ec42abb", "2be646430aa564aa"),
+}
+"""The same of a [40, 512] matrix, without importance and with that of `weights_of_columns`. What a search finds is part of it: a
+better search may change the bytes of those that are searched, and then they are written anew here."""
+
 
 def matrix(rows: int, columns: int) -> NDArray[np.float32]:
     return ((np.arange(rows * columns).reshape(rows, columns) * 37 % 101 - 50) / 64).astype(np.float32)
 
 
-def stored_bytes(spec: str, weight: NDArray[np.float32]) -> dict[str, bytes]:
+def weights_of_columns() -> NDArray[np.float32]:
+    return ((np.arange(512) * 29 % 64 + 1) / 16).astype(np.float32)
+
+
+def stored_bytes(spec: str, weight: NDArray[np.float32], importance: NDArray[np.float32] | None = None) -> dict[str, bytes]:
     fmt = parse_format(spec)
-    params = fmt.fit(weight)
-    stored = QTensor(fmt, fmt.encode(weight, params), params).stored()
+    stored = QTensor(fmt, *fmt.round(weight, importance)).stored()
     return {name: array.astype(array.dtype.newbyteorder("<")).tobytes() for name, array in stored.items()}
 
 
@@ -123,3 +178,19 @@ def test_bytes_of_an_older_version_are_read(spec: str) -> None:
     read = QTensor.from_stored(fmt, stored, (3, 5)).decode()
     params = fmt.fit(matrix(3, 5))
     assert read.tolist() == fmt.decode(fmt.encode(matrix(3, 5), params), params).tolist()
+
+
+@pytest.mark.parametrize("spec", GGML_SMALL)
+def test_a_block_of_ggml(spec: str) -> None:
+    found = stored_bytes(spec, matrix(1, 32))
+    assert {name: data.hex() for name, data in found.items()} == GGML_SMALL[spec]
+
+
+@pytest.mark.parametrize("spec", GGML_LARGE)
+def test_many_blocks_of_ggml(spec: str) -> None:
+    weight = matrix(40, 512)
+    digests = tuple(
+        hashlib.sha256(b"".join(stored_bytes(spec, weight, importance).values())).hexdigest()[:16]
+        for importance in (None, weights_of_columns())
+    )
+    assert digests == GGML_LARGE[spec]
