@@ -2,7 +2,7 @@
 # make compare    the main job on the model that ships: a table, and a page in out/compare
 # make test       the fast tests; `make test-all` adds the slow ones
 # make check      ruff and mypy
-# make interop    other people's readers open what nybble writes (the first time builds llama-cpp-python: 5 to 10 minutes)
+# make interop    other people's readers open what nybble writes (the first time builds llama-cpp-python: 2 to 10 minutes)
 # make fuzz       a million broken model files through the readers (a quarter of an hour)
 # make sanitize   the kernels and the engine under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make bench      the benchmarks in bench/

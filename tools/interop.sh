@@ -1,6 +1,6 @@
 #!/bin/sh
 # The environment of `make interop`: other people's readers beside this checkout.
-#   sh tools/interop.sh wheel VENV               llama-cpp-python's wheel, built once (5 to 10 minutes) and kept
+#   sh tools/interop.sh wheel VENV               llama-cpp-python's wheel, built once (2 to 10 minutes) and kept
 #   sh tools/interop.sh environment VENV FOLDER  FOLDER: a virtual environment with the readers; it sees all that VENV has
 # The wheel lies in ${XDG_CACHE_HOME:-~/.cache}/nybble/wheels, in a folder of this version, processor and recipe: it is built for
 # the processor that builds it.
@@ -28,7 +28,7 @@ build_wheel() {
   mkdir -p "$folder"
   work=$(mktemp -d "$folder/work.XXXXXX")
   trap 'rm -rf "$work"' EXIT INT TERM
-  say "building llama-cpp-python $version; 5 to 10 minutes, once: the wheel is kept in $folder"
+  say "building llama-cpp-python $version; 2 to 10 minutes, once: the wheel is kept in $folder"
   # llama-cpp-python asks for llama.cpp's `common` library whatever is set before; a file that project() reads has the last word.
   echo 'set(LLAMA_BUILD_COMMON OFF)' >"$work/lean.cmake"
   # Not through pip's own cache: whoever asks pip for this version elsewhere should get all of it.
