@@ -123,19 +123,19 @@ GGML_SMALL = {
 """One block of ggml's formats: the [1, 32] matrix, as ggml itself rounds it but for iq4_nl."""
 
 GGML_LARGE = {
-    "q4_0": ("24a7cbd69922bffc", "c62c653c69a6d2c8"),
-    "q4_1": ("7304cabb825029c0", "ece866da578da174"),
-    "q5_0": ("54c7d3465279cfaa", "af83c6a36f987267"),
-    "q5_1": ("f3f7feab9c525432", "5278d3aa56adbaa9"),
-    "q8_0": ("83c09a17d2a6c33e", "62248c5efc3f8d01"),
-    "iq4_nl": ("c857dec180e06bdb", "a88b633805756162"),
+    "q4_0": ("24a7cbd69922bffc", "d7dca835080cb11c"),
+    "q4_1": ("7304cabb825029c0", "59be74be55d49218"),
+    "q5_0": ("54c7d3465279cfaa", "8ee89158b23c453e"),
+    "q5_1": ("f3f7feab9c525432", "c62b14593f507ce6"),
+    "q8_0": ("83c09a17d2a6c33e", "0eb0387b266d86ab"),
+    "iq4_nl": ("415c1a0296a09463", "75b4a57e93e585c1"),
     "mxfp4": ("fa66682342cf10f2", "fa66682342cf10f2"),
-    "q2_k": ("2e39a5f56a3fda73", "287b3b4c052514c5"),
-    "q3_k": ("c15321e6c3707615", "f97af2318ab43157"),
-    "q4_k": ("212a426b0b313405", "4b106511e2d341b1"),
-    "q5_k": ("6a938b5477fc4ec6", "03ebeb9dcde7e5dd"),
-    "q6_k": ("fbc866c9591f88ec", "e8cc4c9a48aa0800"),
-    "iq4_xs": ("4869ea158ec42abb", "2be646430aa564aa"),
+    "q2_k": ("4035db60a784d062", "2da60e199fdae721"),
+    "q3_k": ("0271fa400f190959", "a43f17a7c0ce8948"),
+    "q4_k": ("212a426b0b313405", "310c222318d17d95"),
+    "q5_k": ("3aba3ce29f6b5ad8", "270bb7d049365aa0"),
+    "q6_k": ("df272e070539fc0d", "15145b2ef4aafa14"),
+    "iq4_xs": ("c4494fd745d580c1", "e77d7e48c77959e1"),
 }
 """The same of a [40, 512] matrix, without importance and with that of `weights_of_columns`. What a search finds is part of it: a
 better search may change the bytes of those that are searched, and then they are written anew here."""

@@ -1,15 +1,11 @@
-"""What is searched for ggml's formats where ggml's own rounding does not say it: their shapes, the ranges of a block that are
-tried, and importance as the search takes it. The search itself is nybble.kernels.search (reference_search.py explains it).
-
-Which ranges are tried was chosen by the error that is left on real weights (GPT-2's and our own model's), with and without
-importance: columns that hardly count may be clipped, so with importance ranges far shorter than the block's are among them.
+"""What is searched for ggml's formats where ggml's own rounding does not say it: their shapes, how they are searched, and
+importance as the search takes it. The search itself is nybble.kernels.search (reference_search.py explains it).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +13,7 @@ from numpy.typing import NDArray
 from nybble import kernels
 from nybble.errors import NumericError
 from nybble.formats.base import Codes, Float32, check_finite
+from nybble.formats.ggml_tries import EVEN, SAME_AS, WEIGHED
 from nybble.formats.search import check_importance
 
 RUN = 256
@@ -72,38 +69,14 @@ SHAPES = {
 }
 
 
-def _range(*parts: tuple[float, float, float]) -> list[float]:
-    return [float(x) for part in parts for x in np.arange(*part)]
-
-
-def _both(*parts: tuple[float, float, float]) -> list[float]:
-    steps = _range(*parts)
-    return [sign * x for sign in (-1, 1) for x in steps]
-
-
-_FOUR = (_range((14, 17, 0.5)), (-0.25, 0.0, 0.25, 0.5)), (_range((14, 23, 0.75)), (0.0, 0.5, 1.0, 2.0, 3.5))
-_FIVE = (_range((30, 33, 0.25)), (0.0, 0.5)), (_range((30, 46, 1.5)), (0.0, 0.5, 2.0, 4.0))
-_TABLE = (_both((100, 150, 6)), (0.0,)), (_both((100, 160, 6), (160, 400, 20)), (0.0,))
-_TRIES = {
-    "q2_k": ((_range((2.4, 4, 0.3)), (0.0, 0.25, 0.5)), (_range((2.4, 6, 0.45)), (0.0, 0.3, 0.6, 1.0))),
-    "q3_k": ((_both((3, 4.8, 0.3)), (0.0,)), (_both((2.8, 5, 0.2), (5, 12, 0.7)), (0.0,))),
-    "q4_0": ((_both((6.5, 10, 0.5)), (0.0,)), (_both((6.5, 10, 0.5), (10, 24, 1.5)), (0.0,))),
-    "q5_0": ((_both((14.5, 19, 0.5)), (0.0,)), (_both((14.5, 19, 0.5), (19, 50, 2)), (0.0,))),
-    "q6_k": ((_range((-34, -30, 0.5)), (0.0,)), (_range((-80, -36, 2), (-36, -30, 0.5)), (0.0,))),
-    "q8_0": ((_range((126, 129, 0.5)), (0.0,)), (_range((126, 129, 0.5), (130, 400, 10)), (0.0,))),
-    **dict.fromkeys(("q4_1", "q4_k"), _FOUR),
-    **dict.fromkeys(("q5_1", "q5_k"), _FIVE),
-    **dict.fromkeys(("iq4_nl", "iq4_xs"), _TABLE),
-}
-"""Name -> (steps in the range of a block, by how many of them its lower end is raised), for all columns alike and for weighed
-ones. Where levels have no shift, the steps are those from zero to the weight of largest magnitude, of either sign."""
 _PLAIN = {"q8_0": (127, -127)}
 """Steps of the plain range where they are not the lowest level, or the highest of shifted ones: ggml's scales of q8_0 are never
 negative, and their sign matters where rounding to float16 makes them too small for the largest weight."""
-_DIVIDERS = {
-    "q2_k": _range((12, 19, 0.5)), "q3_k": _range((-32, -19, 1)), "q6_k": _range((-128, -98, 2)), "iq4_xs": _range((-32, -19, 1)),
-    **dict.fromkeys(("q4_k", "q5_k"), _range((59, 75, 1))),
+_DIVIDERS: dict[str, tuple[float, float, float]] = {
+    "q2_k": (12, 19, 0.5), "q3_k": (-32, -19, 1), "q4_k": (59, 75, 1), "q5_k": (59, 75, 1), "q6_k": (-128, -98, 2),
+    "iq4_xs": (-32, -19, 1),
 }  # fmt: skip
+"""d is the largest scale of a run over one of these: from, to, step."""
 
 
 @cache
@@ -111,10 +84,12 @@ def search_of(name: str, weighed: bool) -> kernels.Search:
     """How the format is searched."""
     shape = SHAPES[name]
     plain = _PLAIN.get(name, (2**shape.bits - 1 if shape.shifted else shape.lowest,))
-    tries = [*product(plain, (0.0,)), *product(*_TRIES[name][weighed])]
+    key = SAME_AS.get(name, name)
+    tried = (WEIGHED if weighed else EVEN).get(key, ())
+    tries = [(steps, 0.0) for steps in plain] + [each if isinstance(each, tuple) else (each, 0.0) for each in tried]
     return kernels.Search(
         shape.levels, shape.block, shape.run, shape.low, shape.high, shape.shifted, len(plain),
-        np.array(tries, np.float32), np.array(_DIVIDERS.get(name, [1.0]), np.float32),
+        np.array(tries, np.float32), np.arange(*_DIVIDERS.get(name, (1, 2, 1)), dtype=np.float32),
     )  # fmt: skip
 
 
