@@ -4,7 +4,7 @@ the one that lowers the error of a sample of blocks most.
 Half of the blocks are of real weights (safetensors files given), the others normal and heavy-tailed. With importance: mean
 squares of activations whose columns differ a little, much, and by single outliers.
 
-    python bench/ggml_tries.py model.safetensors ...
+    python bench/ggml_tries.py [model.safetensors ...]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nybble import demo
 from nybble.files.safetensors import SafetensorsFile
 from nybble.formats.ggml_search import SHAPES, search_of
 from nybble.kernels import Search, reference_search
@@ -86,9 +87,9 @@ def chosen(error: Array, count: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("files", type=Path, nargs="*", help="safetensors; without any the model that ships")
     matrices: list[Array] = []
-    for path in parser.parse_args().files:
+    for path in parser.parse_args().files or [demo.model_folder() / "model.safetensors"]:
         file = SafetensorsFile(path)
         for name, entry in file.entries.items():
             if len(entry.shape) == 2 and min(entry.shape) >= 128:
