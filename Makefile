@@ -36,7 +36,7 @@ $(VENV)/.packages: requirements.lock $(VENV)/.created
 
 # No build isolation: it would download the build tools (and ask for torch) a second time.
 $(VENV)/.installed: $(NATIVE) $(VENV)/.packages
-	@echo 'building the C++ extension; half a minute'
+	@echo 'building the C++ extension; one to three minutes'
 	@sh tools/with_compiler.sh $(VENV) $(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
