@@ -8,9 +8,6 @@ inline constexpr int kRounds = 2;
 inline constexpr float kStretches[] = {1.0f, 0.85f, 1.2f};
 inline constexpr std::size_t kMostBlocks = 16;
 
-// Compiled once, not at each call: inlined everywhere this file alone would take minutes.
-#define NYBBLE_ONCE __attribute__((noinline))
-
 inline F zero() { return Lanes::all(0.0f); }
 inline F negative(F x) { return Lanes::sub(zero(), x); }
 inline F clip(F x, float low, float high) { return Lanes::min(Lanes::max(x, Lanes::all(low)), Lanes::all(high)); }
@@ -86,7 +83,7 @@ struct Runs {
     }
 
     // The importance of a block, and its ends.
-    NYBBLE_ONCE void measure(std::size_t r) {
+    void measure(std::size_t r) {
         F sum = zero(), low = weight(r, 0), high = low, largest = zero();
         for (std::size_t k = 0; k < how.block; ++k) {
             const F x = weight(r, k);
@@ -110,7 +107,7 @@ struct Runs {
         return rounded(clip(ratio, how.levels.lowest, how.levels.highest));
     }
 
-    NYBBLE_ONCE Sums sums(std::size_t r, F s, F o) const {
+    Sums sums(std::size_t r, F s, F o) const {
         const F t = inverse(s);
         Sums sum = {zero(), zero(), zero(), zero(), zero()};
         for (std::size_t k = 0; k < how.block; ++k) {
@@ -146,7 +143,7 @@ struct Runs {
     }
 
     // The least squares fit of a block for its levels; e becomes its error.
-    NYBBLE_ONCE Two settle(std::size_t r, const Sums& sum, F s, F o, F& e) const {
+    Two settle(std::size_t r, const Sums& sum, F s, F o, F& e) const {
         Two step = line(sum.a, sum.b, c[r], sum.p, sum.q);
         if constexpr (Shifted) {
             if (!alone) {
@@ -163,7 +160,7 @@ struct Runs {
         return {Lanes::add(s, step.s), Lanes::add(o, step.o)};
     }
 
-    NYBBLE_ONCE void best_of_tries(Grids& best) const {
+    void best_of_tries(Grids& best) const {
         for (std::size_t r = 0; r < how.blocks; ++r) {
             F scale = zero(), offset = zero(), least = Lanes::all(kLargest), e;
             for (std::size_t t = 0; t < how.tries_count; ++t) {
@@ -183,7 +180,7 @@ struct Runs {
 
     F multiplier(F wanted, F d) const { return rounded(clip(Lanes::mul(wanted, inverse(d)), how.low, how.high)); }
 
-    NYBBLE_ONCE F multiples(const F* wanted, const F* bend, F* chosen) const {
+    F multiples(const F* wanted, const F* bend, F* chosen) const {
         F largest = zero(), best = zero(), least = Lanes::all(kLargest), tried[kMostBlocks];
         for (std::size_t r = 0; r < how.blocks; ++r) {
             largest = larger_of(wanted[r], largest);
@@ -211,12 +208,12 @@ struct Runs {
         return alone ? wanted : negative_part(wanted);
     }
 
-    NYBBLE_ONCE void evaluate(State& state) const {
+    void evaluate(State& state) const {
         for (std::size_t r = 0; r < how.blocks; ++r)
             state.sums[r] = sums(r, Lanes::mul(state.d, state.m[r]), negative(Lanes::mul(state.dmin, state.n[r])));
     }
 
-    NYBBLE_ONCE void start(const Grids& grid, bool settled, State& state) const {
+    void start(const Grids& grid, bool settled, State& state) const {
         F wanted[kMostBlocks] = {}, bend[kMostBlocks] = {}, e;
         Sums around[kMostBlocks];
         for (std::size_t r = 0; r < how.blocks; ++r) {
@@ -245,13 +242,13 @@ struct Runs {
                 Lanes::choose(better, its.q, mine.q), Lanes::choose(better, its.e, mine.e)};
     }
 
-    NYBBLE_ONCE void take_block(State& found, const State& other, std::size_t r, I better) const {
+    void take_block(State& found, const State& other, std::size_t r, I better) const {
         found.m[r] = Lanes::choose(better, other.m[r], found.m[r]);
         found.n[r] = Lanes::choose(better, other.n[r], found.n[r]);
         take(found.sums[r], other.sums[r], better);
     }
 
-    NYBBLE_ONCE void keep_runs(State& found, const State& other) const {
+    void keep_runs(State& found, const State& other) const {
         F before = zero(), after = zero();
         for (std::size_t r = 0; r < how.blocks; ++r) {
             before = Lanes::add(before, found.sums[r].e);
@@ -263,7 +260,7 @@ struct Runs {
         for (std::size_t r = 0; r < how.blocks; ++r) take_block(found, other, r, better);
     }
 
-    NYBBLE_ONCE void refit(State& found, bool anew, float stretch, State& other) const {
+    void refit(State& found, bool anew, float stretch, State& other) const {
         F a = zero(), b = zero(), square = zero(), p = zero(), q = zero(), e;
         for (std::size_t r = 0; r < how.blocks; ++r) {
             const F m = found.m[r], low = negative(found.n[r]);
@@ -296,7 +293,7 @@ struct Runs {
         keep_runs(found, other);
     }
 
-    NYBBLE_ONCE void move(State& found, float i, float j, State& other) const {
+    void move(State& found, float i, float j, State& other) const {
         other.d = found.d;
         other.dmin = found.dmin;
         for (std::size_t r = 0; r < how.blocks; ++r) {
@@ -342,7 +339,7 @@ struct Runs {
         refit(found, false, 1.0f, other);
     }
 
-    NYBBLE_ONCE void write(const State& found, const SixteenRuns& runs, std::uint8_t* codes) const {
+    void write(const State& found, const SixteenRuns& runs, std::uint8_t* codes) const {
         Lanes::store_half(runs.d, found.d);
         Lanes::store_half(runs.dmin, found.dmin);
         for (std::size_t r = 0; r < how.blocks; ++r) {
