@@ -1,7 +1,10 @@
 // Integer products of tiles, what body_product.hpp calls fast. Included once per instruction set, after body_layout.
 
-// What the tokens bring along for one weight: -base * sum of codes, and the sum as a float, for each part. [M, parts], or
-// [panels][parts][8] as the codes lie.
+// Added to a sum of 16 bits it is never negative; flipped, the sum is back.
+inline constexpr std::int32_t kLift = 0x8000;
+
+// What the tokens bring along for one weight: -base * sum of codes (and kLift for every second part where panel_tile sums two
+// at once), and the sum as a float, for each part. [M, parts], or [panels][parts][8] as the codes lie.
 struct Corrections {
     std::int32_t* integer;
     float* sum;  // only where there is an offset
@@ -152,8 +155,9 @@ inline void fast_tile(const Tiled& w, std::size_t tile, const Activations& x, st
     for (int t = 0; t < M; ++t) Lanes::store(to + t * kRows, Lanes::mul(total[t], after));
 }
 
-// Products of T tiles with some rows of a panel, R of them: T * R sums stay in registers. Two tiles and four rows load less
-// than one tile and eight: a load of four codes serves two products.
+// Products of T tiles with some rows of a panel, R of them: T * R sums stay in registers. Two tiles and eight rows are sixteen
+// sums: with eight of them every product would wait for the one before the last (a processor that begins two in a cycle ends
+// each after four or five).
 template <int T, int R>
 struct Patch {
     static constexpr int kSums = T * R;
@@ -166,12 +170,12 @@ struct Patch {
     inline __attribute__((always_inline)) void multiply(std::size_t first, I* sums) const {
         const std::uint8_t* line = bytes + first * kLine;
         const std::int8_t* four = codes + first * 4 * kPanel;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (std::size_t i = 0; i < Steps; ++i) {
             I lines[T];
 #pragma GCC unroll 2
             for (int j = 0; j < T; ++j) lines[j] = Lanes::line(line + i * kLine + std::size_t(j) * apart);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < R; ++r) {
                 const I x = Lanes::four(four + (i * kPanel + std::size_t(r)) * 4);
 #pragma GCC unroll 2
@@ -198,11 +202,11 @@ inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* byt
     Blocks blocks(w);
     F scale[2], shift[2], total[kSums];
     for (int j = 0; j < T; ++j) scale[j] = shift[j] = Lanes::all(0.0f);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i) total[i] = Lanes::all(0.0f);
     // The sums of one part. One of 64 columns may be half there, at the end.
     const auto sum_part = [&](std::size_t part, I* sums) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(start[part * kPanel + std::size_t(i % R)]);
         if constexpr (Parts == 1) {
             patch.template multiply<8>(part * 16, sums);
@@ -217,28 +221,39 @@ inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* byt
         if constexpr (How == Scales::row) {
             I sums[kSums];
             sum_part(part, sums);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < kSums; ++i) block[i] = Lanes::to_float(sums[i]);
         } else if constexpr (How == Scales::whole) {
             I sums[kSums];
-#pragma GCC unroll 8
-            for (int i = 0; i < kSums; ++i) sums[i] = Lanes::whole(0);
-            for (std::size_t p = part; p < end; p += 2, pairs += kLine) {
-                I one[kSums], two[kSums];
-                sum_part(p, one);
-                if (p + 1 < end)
-                    sum_part(p + 1, two);
-                else
-#pragma GCC unroll 8
-                    for (int i = 0; i < kSums; ++i) two[i] = Lanes::whole(0);
-                const I both[2] = {Lanes::line(pairs), Lanes::line(pairs + (T - 1) * apart)};
-#pragma GCC unroll 8
-                for (int i = 0; i < kSums; ++i) sums[i] = Lanes::dot_shorts(sums[i], Lanes::pair(one[i], two[i]), both[i / R]);
-            }
-#pragma GCC unroll 8
+            // Two parts in one sum: the first lies in the upper half, and the lower one is 2**15 too large (prepare), so that
+            // it borrows nothing.
+            const auto join = [&](std::size_t p) __attribute__((always_inline)) {
+                I both[kSums];
+                sum_part(p, both);
+#pragma GCC unroll 16
+                for (int i = 0; i < kSums; ++i) both[i] = Lanes::left<16>(both[i]);
+                if (p + 1 < c.parts) {
+#pragma GCC unroll 16
+                    for (int i = 0; i < kSums; ++i)
+                        both[i] = Lanes::plus(both[i], Lanes::whole(start[(p + 1) * kPanel + std::size_t(i % R)]));
+                    patch.template multiply<parts_steps>((p + 1) * parts_steps, both);
+                    const I sign = Lanes::whole(kLift);
+#pragma GCC unroll 16
+                    for (int i = 0; i < kSums; ++i) both[i] = Lanes::flip(both[i], sign);
+                }
+                const I scale[2] = {Lanes::line(pairs), Lanes::line(pairs + (T - 1) * apart)};
+                pairs += kLine;
+#pragma GCC unroll 16
+                for (int i = 0; i < kSums; ++i)
+                    sums[i] = Lanes::dot_shorts(p == part ? Lanes::whole(0) : sums[i], both[i], scale[i / R]);
+            };
+            join(part);
+            if constexpr (Parts == 4)
+                if (part + 2 < c.parts) join(part + 2);
+#pragma GCC unroll 16
             for (int i = 0; i < kSums; ++i) block[i] = Lanes::to_float(sums[i]);
         } else {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < kSums; ++i) block[i] = Lanes::all(0.0f);
             for (std::size_t p = part; p < end; ++p) {
                 I sums[kSums];
@@ -252,18 +267,18 @@ inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* byt
                     }
                 }
                 blocks.next();
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                 for (int i = 0; i < kSums; ++i) block[i] = Lanes::fma(Lanes::to_float(sums[i]), scale[i / R], block[i]);
                 if (w.offset != nullptr)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                     for (int i = 0; i < kSums; ++i)
                         block[i] = Lanes::fma(Lanes::all(codes_sum[p * kPanel + std::size_t(i % R)]), shift[i / R], block[i]);
             }
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kSums; ++i) total[i] = Lanes::fma(block[i], Lanes::all(scales[i % R]), total[i]);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kSums; ++i)
         Lanes::store(to + (std::size_t(i / R) * kPanel + row + std::size_t(i % R)) * kRows,
                      Lanes::mul(total[i], i / R == 0 ? grid.after() : second.after()));
@@ -287,9 +302,9 @@ static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
     Blocks blocks(w);
     const std::size_t parts = parts_of(w);
     for (std::size_t part = 0; part < parts; part += 2, to += kLine) {
-        I scales = grid.whole(blocks.at);
+        I scales = Lanes::left<16>(grid.whole(blocks.at));
         blocks.next();
-        if (part + 1 < parts) scales = Lanes::pair(scales, grid.whole(blocks.at));
+        if (part + 1 < parts) scales = Lanes::either(scales, grid.whole(blocks.at));
         blocks.next();
         Lanes::store_line(to, scales);
     }
@@ -307,6 +322,7 @@ static void prepare(const Tiled& w, const Activations& x, void* scratch) {
     const std::int32_t base = w.table ? 128 : w.base;
     const std::size_t each = in_panels(x.count) ? kPanel : 1, rows = (x.count + each - 1) / each * each;
     const std::size_t sixteens = w.part / 16;
+    const std::int32_t lift = w.steps != nullptr && in_panels(x.count) && !on_the_way(x.count) ? kLift : 0;
     for (std::size_t m = 0; m < rows; m += each)
         for (std::size_t p = 0; p < c.parts; ++p) {
             const std::int32_t* sums = x.sums + m * (x.stride / 16) + sixteens * p * each;
@@ -314,7 +330,7 @@ static void prepare(const Tiled& w, const Activations& x, void* scratch) {
             for (std::size_t t = 0; t < each; ++t) {
                 std::int32_t sum = 0;
                 for (std::size_t i = 0; i < sixteens; ++i) sum += sums[i * each + t];
-                c.integer[at + t] = -base * sum;
+                c.integer[at + t] = -base * sum + (p % 2 == 0 ? 0 : lift);
                 if (w.offset != nullptr) c.sum[at + t] = static_cast<float>(sum);
             }
         }

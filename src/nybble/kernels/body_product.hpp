@@ -59,31 +59,36 @@ static void fast_group(const Tiled& w, const Activations& x, std::size_t m, cons
     }
 }
 
-// All panels against tiles [first, last), which lie unpacked in `bytes`.
+// All panels against tiles [first, last), which lie unpacked in `bytes`: two tiles after the other, which stay in the first
+// cache while panels, smaller than they are, come from the second.
 template <Scales How, int Parts>
 static void panels(const Tiled& w, const std::uint8_t* bytes, const Activations& x, const Output& out, std::size_t first,
                    std::size_t last, const Corrections& c) {
-    constexpr int tiles = Lanes::kTokens >= 8 ? 2 : 1, rows = Lanes::kTokens >= 8 ? 4 : Lanes::kTokens;
+    constexpr int tiles = Lanes::kPatchTiles, rows = Lanes::kPatchRows;
     alignas(64) float sums[tiles * kPanel * kRows];
-    for (std::size_t m = 0; m < x.count; m += kPanel) {
-        const std::size_t tokens = x.count - m < kPanel ? x.count - m : kPanel;
-        for (std::size_t tile = first; tile < last;) {
-            const std::uint8_t* at = bytes + (tile - first) * unpacked_bytes(w);
-            const std::size_t together = last - tile < tiles ? 1 : tiles;
+    for (std::size_t tile = first; tile < last;) {
+        const std::uint8_t* at = bytes + (tile - first) * unpacked_bytes(w);
+        const std::size_t together = last - tile < tiles ? 1 : tiles;
+        for (std::size_t m = 0; m < x.count; m += kPanel) {
+            const std::size_t tokens = x.count - m < kPanel ? x.count - m : kPanel;
             for (std::size_t t = 0; t < tokens; ++t)  // the products take long enough for these to come
                 for (std::size_t i = 0; i < together; ++i)
                     __builtin_prefetch(out.to + (m + t) * out.stride + (tile + i) * kRows, 1);
-            for (std::size_t row = 0; row < tokens; row += rows) {
-                if (together == tiles)
-                    panel_tile<How, Parts, tiles, rows>(w, tile, at, x, m, row, c, sums);
-                else
-                    panel_tile<How, Parts, 1, rows>(w, tile, at, x, m, row, c, sums);
-            }
-            for (std::size_t i = 0; i < together; ++i, ++tile) {
-                const std::size_t row = tile * kRows;
+            const auto multiply = [&]<int T>() __attribute__((always_inline)) {
+                if constexpr (rows == int(kPanel))
+                    if (tokens <= kPanel / 2) return panel_tile<How, Parts, T, rows / 2>(w, tile, at, x, m, 0, c, sums);
+                for (std::size_t row = 0; row < tokens; row += rows) panel_tile<How, Parts, T, rows>(w, tile, at, x, m, row, c, sums);
+            };
+            if (together == tiles)
+                multiply.template operator()<tiles>();
+            else
+                multiply.template operator()<1>();
+            for (std::size_t i = 0; i < together; ++i) {
+                const std::size_t row = (tile + i) * kRows;
                 put(out, row, w.rows - row < kRows ? w.rows - row : kRows, m, sums + i * kPanel * kRows, int(tokens));
             }
         }
+        tile += together;
     }
 }
 

@@ -59,45 +59,59 @@ static void append_shorts(const CacheHead& cache, std::size_t position, const fl
     }
 }
 
-// Sums of products of Q queries with the keys of one tile.
-template <int Q>
+// Sums of products of Q queries with the keys of T tiles, one or two. Two sets of sums are under way at a time, so that none
+// waits for its last product: with one tile they are those of even and odd pairs of dimensions.
+template <int Q, int T>
 inline void short_scores(const std::int16_t* keys, const std::int16_t* queries, std::size_t depth, I* sums) {
     const auto* at = reinterpret_cast<const std::int8_t*>(queries);
-    I odd[Q];
+    const std::size_t apart = T == 1 ? 32 : depth * 16, each = T == 1 ? 4 : 2;
+    I one[Q], two[Q];
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) sums[q] = odd[q] = Lanes::whole(0);
-    for (std::size_t d = 0; d < depth; d += 4) {
-        const I a = Lanes::line(keys + d * 16), b = Lanes::line(keys + d * 16 + 32);
+    for (int q = 0; q < Q; ++q) one[q] = two[q] = Lanes::whole(0);
+    for (std::size_t d = 0; d < depth; d += each) {
+        const I a = Lanes::line(keys + d * 16), b = Lanes::line(keys + d * 16 + apart);
 #pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) {
-            sums[q] = Lanes::dot_shorts(sums[q], a, Lanes::four(at + (std::size_t(q) * depth + d) * 2));
-            odd[q] = Lanes::dot_shorts(odd[q], b, Lanes::four(at + (std::size_t(q) * depth + d) * 2 + 4));
+            const I x = Lanes::four(at + (std::size_t(q) * depth + d) * 2);
+            one[q] = Lanes::dot_shorts(one[q], a, x);
+            two[q] = Lanes::dot_shorts(two[q], b, T == 1 ? Lanes::four(at + (std::size_t(q) * depth + d) * 2 + 4) : x);
         }
     }
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) sums[q] = Lanes::plus(sums[q], odd[q]);
+    for (int q = 0; q < Q; ++q) {
+        sums[q] = T == 1 ? Lanes::plus(one[q], two[q]) : one[q];
+        if constexpr (T == 2) sums[Q + q] = two[q];
+    }
 }
 
-// sums [Q, depth] += weights of `count` positions of a span times their values.
+// sums [Q, depth] += weights of `count` positions of a span times their values; 32 dimensions at a time, then the last 16.
 template <int Q>
 inline void short_mix(const std::int16_t* values, std::size_t count, std::size_t depth, const std::int16_t* weights,
                       std::size_t stride, const Rounding* steps, std::size_t spans, float* sums) {
     const auto* at = reinterpret_cast<const std::int8_t*>(weights);
-    for (std::size_t d = 0; d < depth; d += 16) {
-        I sum[Q];
-#pragma GCC unroll 8
-        for (int q = 0; q < Q; ++q) sum[q] = Lanes::whole(0);
+    const auto mix = [&]<int T>(std::size_t d) __attribute__((always_inline)) {
+        I sum[T * Q];
+#pragma GCC unroll 16
+        for (int i = 0; i < T * Q; ++i) sum[i] = Lanes::whole(0);
         for (std::size_t p = 0; p < count; p += 2) {
-            const I v = Lanes::line(values + p * depth + d * 2);
+            const std::int16_t* from = values + p * depth + d * 2;
+            const I v[2] = {Lanes::line(from), Lanes::line(from + (T - 1) * 32)};
 #pragma GCC unroll 8
-            for (int q = 0; q < Q; ++q) sum[q] = Lanes::dot_shorts(sum[q], v, Lanes::four(at + (std::size_t(q) * stride + p) * 2));
+            for (int q = 0; q < Q; ++q) {
+                const I x = Lanes::four(at + (std::size_t(q) * stride + p) * 2);
+#pragma GCC unroll 2
+                for (int t = 0; t < T; ++t) sum[t * Q + q] = Lanes::dot_shorts(sum[t * Q + q], v[t], x);
+            }
         }
-#pragma GCC unroll 8
-        for (int q = 0; q < Q; ++q) {
-            float* to = sums + std::size_t(q) * depth + d;
-            Lanes::store(to, Lanes::fma(Lanes::to_float(sum[q]), Lanes::all(steps[std::size_t(q) * spans].step), Lanes::load(to)));
+#pragma GCC unroll 16
+        for (int i = 0; i < T * Q; ++i) {
+            float* to = sums + std::size_t(i % Q) * depth + d + std::size_t(i / Q) * 16;
+            Lanes::store(to, Lanes::fma(Lanes::to_float(sum[i]), Lanes::all(steps[std::size_t(i % Q) * spans].step), Lanes::load(to)));
         }
-    }
+    };
+    std::size_t d = 0;
+    for (; d + 32 <= depth; d += 32) mix.template operator()<2>(d);
+    if (d < depth) mix.template operator()<1>(d);
 }
 
 // Positions [p, p + 16) of v; zero outside of [from, to).
@@ -172,16 +186,21 @@ inline void attend_some_shorts(const Attend& a, void* scratch) {
     }
     const auto* keys = reinterpret_cast<const std::int16_t*>(a.cache.keys());
     const auto* key_scales = reinterpret_cast<const float*>(a.cache.key_scales());
-    for (std::size_t p = start; p < end; p += 16) {
-        I sum[Q];
-        short_scores<Q>(keys + p * depth, queries, depth, sum);
-        const F by = Lanes::load(key_scales + p);
-        for (int q = 0; q < Q; ++q) {
-            F score = Lanes::mul(Lanes::mul(Lanes::to_float(sum[q]), by), Lanes::all(scale[q]));
-            if (a.cap != 0.0f) score = Lanes::mul(tangent(Lanes::div(score, Lanes::all(a.cap))), Lanes::all(a.cap * kLog2E));
-            Lanes::store(scores + std::size_t(q) * stride + p - start, score);
+    const auto score = [&]<int T>(std::size_t p) __attribute__((always_inline)) {
+        I sum[T * Q];
+        short_scores<Q, T>(keys + p * depth, queries, depth, sum);
+        for (int t = 0; t < T; ++t) {
+            const F by = Lanes::load(key_scales + p + t * 16);
+            for (int q = 0; q < Q; ++q) {
+                F y = Lanes::mul(Lanes::mul(Lanes::to_float(sum[t * Q + q]), by), Lanes::all(scale[q]));
+                if (a.cap != 0.0f) y = Lanes::mul(tangent(Lanes::div(y, Lanes::all(a.cap))), Lanes::all(a.cap * kLog2E));
+                Lanes::store(scores + std::size_t(q) * stride + p + std::size_t(t) * 16 - start, y);
+            }
         }
-    }
+    };
+    std::size_t at = start;
+    for (; at + 32 <= end; at += 32) score.template operator()<2>(at);
+    if (at < end) score.template operator()<1>(at);
     const float* value_scales = reinterpret_cast<const float*>(a.cache.value_scales()) + start;
     for (std::size_t q = 0; q < Q; ++q) {
         const std::size_t at = q < a.count ? q : a.count - 1;

@@ -2,6 +2,7 @@
 // What each operation means is said once, in lanes_scalar.hpp.
 
 struct Lanes {
+    static constexpr int kPatchTiles = 1, kPatchRows = 4;
     static constexpr int kTokens = 1;  // rows of x that meet a weight together outside panels: 16 registers, two a sum
     struct F {
         __m256 low, high;
@@ -78,6 +79,7 @@ struct Lanes {
     }
     static inline I both(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
     static inline I either(I a, I b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+    static inline I flip(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
     template <int N>
     static inline I right(I a) {
         return {_mm256_srli_epi32(a.low, N), _mm256_srli_epi32(a.high, N)};
@@ -155,10 +157,6 @@ struct Lanes {
     }
     static inline I dot(I sum, I weights, I activations) {
         return {dot_eight(sum.low, weights.low, activations.low), dot_eight(sum.high, weights.high, activations.high)};
-    }
-    static inline I pair(I a, I b) {
-        return {_mm256_blend_epi16(a.low, _mm256_slli_epi32(b.low, 16), 0xaa),
-                _mm256_blend_epi16(a.high, _mm256_slli_epi32(b.high, 16), 0xaa)};
     }
     static inline I dot_shorts(I sum, I a, I b) {
 #ifdef NYBBLE_VNNI

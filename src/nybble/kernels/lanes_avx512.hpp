@@ -3,10 +3,11 @@
 
 struct Lanes {
 #ifdef NYBBLE_VNNI
-    static constexpr int kTokens = 8;  // tokens a product keeps in registers: 8 sums of integers, of a block and of the row, of 32
+    static constexpr int kTokens = 8;  // rows of x that meet a weight together: 8 sums of integers, of a block and of the row, of 32
 #else
     static constexpr int kTokens = 4;
 #endif
+    static constexpr int kPatchTiles = kTokens == 8 ? 2 : 1, kPatchRows = kTokens;
     using F = __m512;
     using I = __m512i;
 
@@ -58,6 +59,7 @@ struct Lanes {
     }
     static inline I both(I a, I b) { return _mm512_and_si512(a, b); }
     static inline I either(I a, I b) { return _mm512_or_si512(a, b); }
+    static inline I flip(I a, I b) { return _mm512_xor_si512(a, b); }
     template <int N>
     static inline I right(I a) {
         return _mm512_srli_epi32(a, N);
@@ -113,7 +115,6 @@ struct Lanes {
         return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
 #endif
     }
-    static inline I pair(I a, I b) { return _mm512_mask_mov_epi16(a, 0xaaaaaaaau, _mm512_slli_epi32(b, 16)); }
     static inline I dot_shorts(I sum, I a, I b) {
 #ifdef NYBBLE_VNNI
         return _mm512_dpwssd_epi32(sum, a, b);

@@ -11,6 +11,7 @@ static inline float half_to_float(std::uint16_t half) {
 struct Lanes {
     // Rows of a panel that meet a weight together: 32 registers, of which a row takes twelve (sums of integers, of a block
     // and of the whole) and a line of weights four.
+    static constexpr int kPatchTiles = 1, kPatchRows = 2;
     static constexpr int kTokens = 2;
     struct F {
         float32x4_t a, b, c, d;
@@ -133,6 +134,9 @@ struct Lanes {
     static inline I either(I x, I y) {
         return make<I>([](auto p, auto q) { return vorrq_s32(p, q); }, x, y);
     }
+    static inline I flip(I x, I y) {
+        return make<I>([](auto p, auto q) { return veorq_s32(p, q); }, x, y);
+    }
     template <int N>
     static inline I right(I x) {
         return make<I>([](auto p) { return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(p), N)); }, x);
@@ -232,9 +236,6 @@ struct Lanes {
                 return products(vaddq_s32(s, move), moved(w), x);
             },
             sum, weights, activations);
-    }
-    static inline I pair(I x, I y) {
-        return make<I>([](auto p, auto q) { return vsliq_n_s32(p, q, 16); }, x, y);
     }
     static inline I dot_shorts(I sum, I a, I b) {
         return make<I>(

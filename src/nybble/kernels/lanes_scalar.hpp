@@ -5,6 +5,7 @@
 // seen as unsigned bytes. Every operation rounds once, as IEEE 754 says, so that all instruction sets give the same bits.
 
 struct Lanes {
+    static constexpr int kPatchTiles = 1, kPatchRows = 1;  // of a panel's sums that are under way together
     static constexpr int kTokens = 1;
     struct F {
         float at[16];
@@ -98,6 +99,9 @@ struct Lanes {
     static inline I either(I a, I b) {
         return make<I>([&](int i) { return a.at[i] | b.at[i]; });
     }
+    static inline I flip(I a, I b) {
+        return make<I>([&](int i) { return a.at[i] ^ b.at[i]; });
+    }
     template <int N>
     static inline I right(I a) {  // bits pass from byte to byte: mask them
         return make<I>([&](int i) { return std::int32_t(std::uint32_t(a.at[i]) >> N); });
@@ -182,10 +186,6 @@ struct Lanes {
         for (int i = 0; i < 16; ++i)
             for (int j = 0; j < 4; ++j) sum.at[i] += std::int32_t(w[4 * i + j]) * x[4 * i + j];
         return sum;
-    }
-    // The low halves of a and b, the latter above: two shorts a lane.
-    static inline I pair(I a, I b) {
-        return make<I>([&](int i) { return std::int32_t((std::uint32_t(a.at[i]) & 0xffffu) | std::uint32_t(b.at[i]) << 16); });
     }
     // sum[r] += the dot product of two signed shorts of a with two of b, in lane r.
     static inline I dot_shorts(I sum, I a, I b) {
