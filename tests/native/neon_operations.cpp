@@ -79,6 +79,7 @@ struct Operations {
         wholes("four", L::four(reinterpret_cast<const std::int8_t*>(p) + 3), S::four(reinterpret_cast<const std::int8_t*>(p) + 3));
         wholes("both", L::both(m, n), S::both(u, v));
         wholes("either", L::either(m, n), S::either(u, v));
+        wholes("flip", L::flip(m, n), S::flip(u, v));
         wholes("plus", L::plus(m, n), S::plus(u, v));
         wholes("minus", L::minus(m, n), S::minus(u, v));
         wholes("most", L::most(m, n), S::most(u, v));
@@ -128,8 +129,13 @@ struct Operations {
             v[i] = below(3) == 0 ? std::int8_t(int(below(255)) - 127) : std::int8_t(below(2) == 0 || kind == 0 ? 127 : -127);
         }
         for (auto& s : sums) s = std::int32_t(random_bits()) / 4;
-        wholes("dot", L::dot(L::line(sums), L::line(w), L::line(v)), S::dot(S::line(sums), S::line(w), S::line(v)));
-        wholes("dot", L::dot(L::line(sums), L::line(w), L::four(v + 5)), S::dot(S::line(sums), S::line(w), S::four(v + 5)));
+        const auto wanted = [&](const typename S::I& x) {
+            const auto moved = S::dot(S::whole(0), S::bytes(std::uint8_t(L::kMoved)), x);
+            return S::minus(S::dot(S::line(sums), S::line(w), x), moved);
+        };
+        const auto line = L::moved(L::line(w));
+        wholes("dot", L::dot(L::line(sums), line, L::line(v)), wanted(S::line(v)));
+        wholes("dot", L::dot(L::line(sums), line, L::four(v + 5)), wanted(S::four(v + 5)));
         const typename S::I mine[4] = {S::right<6>(S::line(w)), S::right<7>(S::line(w)),
                                          S::right<8>(S::line(w)), S::right<16>(S::line(w))};
         const typename L::I theirs[4] = {L::template right<6>(L::line(w)), L::template right<7>(L::line(w)),

@@ -119,6 +119,7 @@ inline void fast_tile(const Tiled& w, std::size_t tile, const Activations& x, st
         for (std::size_t ahead = 0; ahead < B; ++ahead) __builtin_prefetch(unit + kAhead + ahead * kLine);
         const auto take = [&](auto line, std::size_t s) __attribute__((always_inline)) {
             if constexpr (Table) line = Lanes::look_up(table, line);
+            line = Lanes::moved(line);
 #pragma GCC unroll 8
             for (int t = 0; t < M; ++t)
                 sums[t] = Lanes::dot(sums[t], line,
@@ -284,7 +285,7 @@ inline void panel_tile(const Tiled& w, std::size_t tile, const std::uint8_t* byt
                      Lanes::mul(total[i], i / R == 0 ? grid.after() : second.after()));
 }
 
-// One tile to bytes: codes, or a table's rounded levels; then its whole scales in pairs (unpacked_bytes).
+// One tile to bytes: moved codes, or a table's rounded levels; then its whole scales in pairs (unpacked_bytes).
 static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
     const std::uint8_t* unit = w.data + tile * w.tile_bytes;
     const I table = Lanes::byte_table(w.bytes);
@@ -292,9 +293,11 @@ static void widen(const Tiled& w, std::size_t tile, std::uint8_t* to) {
         for (std::size_t u = 0; u < w.units; ++u, unit += kLine * B, to += kSteps * kLine) {
             for (std::size_t ahead = 0; ahead < B; ++ahead) __builtin_prefetch(unit + kAhead + ahead * kLine);
             unit_codes<B>(unit, to);
-            if (w.table)
-                for (std::size_t s = 0; s < kSteps; ++s)
-                    Lanes::store_line(to + s * kLine, Lanes::look_up(table, Lanes::line(to + s * kLine)));
+            if (!w.table && Lanes::kMoved == 0) continue;
+            for (std::size_t s = 0; s < kSteps; ++s) {
+                const I line = Lanes::line(to + s * kLine);
+                Lanes::store_line(to + s * kLine, Lanes::moved(w.table ? Lanes::look_up(table, line) : line));
+            }
         }
     });
     if (w.steps == nullptr) return;
@@ -319,7 +322,7 @@ inline Corrections corrections(const Tiled& w, const Activations& x, void* scrat
 
 static void prepare(const Tiled& w, const Activations& x, void* scratch) {
     const Corrections c = corrections(w, x, scratch);
-    const std::int32_t base = w.table ? 128 : w.base;
+    const std::int32_t base = (w.table ? 128 : w.base) - Lanes::kMoved;
     const std::size_t each = in_panels(x.count) ? kPanel : 1, rows = (x.count + each - 1) / each * each;
     const std::size_t sixteens = w.part / 16;
     const std::int32_t lift = w.steps != nullptr && in_panels(x.count) && !on_the_way(x.count) ? kLift : 0;

@@ -143,16 +143,20 @@ struct Lanes {
         return {look_up_eight(table, indices.low), look_up_eight(table, indices.high)};
     }
 
+#ifdef NYBBLE_VNNI
+    static constexpr std::int32_t kMoved = 0;
+    static inline I moved(I weights) { return weights; }
+#else
+    static constexpr std::int32_t kMoved = 128;
+    static inline I moved(I weights) { return flip(weights, bytes(0x80)); }
+#endif
     static inline __m256i dot_eight(__m256i sum, __m256i weights, __m256i activations) {
 #ifdef NYBBLE_VNNI
         return _mm256_dpbusd_avx_epi32(sum, weights, activations);
 #else
-        // Widened to 16 bits: the 8-bit multiply-add saturates. Pairs of rows come out apart and are brought together.
-        const __m256i zero = _mm256_setzero_si256();
-        const __m256i wide = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(activations));
-        const __m256i low = _mm256_madd_epi16(_mm256_unpacklo_epi8(weights, zero), wide);
-        const __m256i high = _mm256_madd_epi16(_mm256_unpackhi_epi8(weights, zero), wide);
-        return _mm256_add_epi32(sum, _mm256_hadd_epi32(low, high));
+        // The multiply-add of bytes takes unsigned ones first. Magnitudes of moved weights are: 2 * 128 * 127 does not saturate.
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(activations, weights));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
     }
     static inline I dot(I sum, I weights, I activations) {

@@ -101,20 +101,20 @@ struct Lanes {
     static inline I look_up(I table, I indices) { return _mm512_shuffle_epi8(table, indices); }
     static inline F float_table(F table, I indices) { return _mm512_permutexvar_ps(indices, table); }
 
-    static inline I dot(I sum, I weights, I activations) {
 #ifdef NYBBLE_VNNI
-        return _mm512_dpbusd_epi32(sum, weights, activations);
+    static constexpr std::int32_t kMoved = 0;
+    static inline I moved(I weights) { return weights; }
+    static inline I dot(I sum, I weights, I activations) { return _mm512_dpbusd_epi32(sum, weights, activations); }
 #else
-        // Widened to 16 bits: the 8-bit multiply-add saturates. Pairs of rows come out apart and are brought together.
-        const __m512i zero = _mm512_setzero_si512();
-        const __m512i wide = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(activations));
-        const __m512 low = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_unpacklo_epi8(weights, zero), wide));
-        const __m512 high = _mm512_castsi512_ps(_mm512_madd_epi16(_mm512_unpackhi_epi8(weights, zero), wide));
-        const __m512i even = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0x88));
-        const __m512i odd = _mm512_castps_si512(_mm512_shuffle_ps(low, high, 0xdd));
-        return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
-#endif
+    static constexpr std::int32_t kMoved = 128;
+    static inline I moved(I weights) { return flip(weights, bytes(0x80)); }
+    static inline I dot(I sum, I weights, I activations) {
+        // The multiply-add of bytes takes unsigned ones first. Magnitudes of moved weights are: 2 * 128 * 127 does not saturate.
+        const I signs = _mm512_mask_sub_epi8(activations, _mm512_movepi8_mask(weights), _mm512_setzero_si512(), activations);
+        const I pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(weights), signs);
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
     }
+#endif
     static inline I dot_shorts(I sum, I a, I b) {
 #ifdef NYBBLE_VNNI
         return _mm512_dpwssd_epi32(sum, a, b);

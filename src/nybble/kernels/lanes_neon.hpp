@@ -215,8 +215,9 @@ struct Lanes {
             indices);
     }
 
-    // Products of signed bytes only: weights are moved down by 128, and 128 times the sum of the activations is added.
-    static inline int32x4_t moved(int32x4_t weights) { return of_bytes(veorq_u8(as_bytes(weights), vdupq_n_u8(0x80))); }
+    // Products of signed bytes only.
+    static constexpr std::int32_t kMoved = 128;
+    static inline I moved(I weights) { return flip(weights, bytes(0x80)); }
 #ifdef NYBBLE_DOT
     static inline int32x4_t products(int32x4_t sum, int32x4_t weights, int32x4_t activations) {
         return vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(activations));
@@ -230,12 +231,7 @@ struct Lanes {
     }
 #endif
     static inline I dot(I sum, I weights, I activations) {
-        return make<I>(
-            [](auto s, auto w, auto x) {
-                const int32x4_t move = vshlq_n_s32(vpaddlq_s16(vpaddlq_s8(vreinterpretq_s8_s32(x))), 7);
-                return products(vaddq_s32(s, move), moved(w), x);
-            },
-            sum, weights, activations);
+        return make<I>([](auto s, auto w, auto x) { return products(s, w, x); }, sum, weights, activations);
     }
     static inline I dot_shorts(I sum, I a, I b) {
         return make<I>(

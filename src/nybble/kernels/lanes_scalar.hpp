@@ -179,7 +179,10 @@ struct Lanes {
         return make<F>([&](int i) { return table.at[indices.at[i] & 15]; });
     }
 
-    // sum[r] += the dot product of four unsigned bytes of weights with four signed bytes of activations, in lane r.
+    // What is taken off weights before products: instruction sets that multiply signed bytes best take 128. `moved` does it.
+    static constexpr std::int32_t kMoved = 0;
+    static inline I moved(I weights) { return weights; }
+    // sum[r] += the dot product of four moved weights with four signed bytes of activations, which are never -128, in lane r.
     static inline I dot(I sum, I weights, I activations) {
         const auto* w = reinterpret_cast<const std::uint8_t*>(weights.at);
         const auto* x = reinterpret_cast<const std::int8_t*>(activations.at);
