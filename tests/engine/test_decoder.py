@@ -278,6 +278,19 @@ def test_rows_that_nobody_wants_change_nothing(name: str, exact: bool, tiny: Cal
             np.testing.assert_array_equal(runner.run(*following), after)  # the cache holds every row
 
 
+def test_matrices_that_share_rows_may_need_other_sums_of_them(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Queries whose scales are too small for whole numbers, values whose scales are not: both read the same quantized rows."""
+    model = tiny("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 1e-30
+    folder = nybble.quantize(model, "int4:g32,f32").save(tmp_path / "model")
+    decoder = Decoder.load(folder, threads=1)
+    ids = some_ids(90, 30)
+    wanted = [decoder.prefill(ids[:count]) for count in (1, 2, 3, 4)]
+    np.testing.assert_array_equal(decoder.logits(ids)[:4], wanted)
+
+
 # ---- limits and errors ------------------------------------------------------------------------------------------------
 
 

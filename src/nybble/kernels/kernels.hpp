@@ -143,7 +143,7 @@ inline std::size_t product_scratch(const Tiled& w, std::size_t rows) {
 // What `prepare` left for one weight serves the other too.
 inline bool prepared_alike(const Tiled& a, const Tiled& b) {
     return a.units == b.units && a.part == b.part && a.table == b.table && a.base == b.base &&
-           (a.offset == nullptr) == (b.offset == nullptr);
+           (a.offset == nullptr) == (b.offset == nullptr) && (a.steps == nullptr) == (b.steps == nullptr);
 }
 
 extern const Kernels kScalar;
