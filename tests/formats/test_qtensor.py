@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from nybble.formats import QTensor, parse_format
+from nybble.formats.base import not_finite
 
 
 @pytest.fixture
@@ -39,3 +42,12 @@ def test_arrays_that_do_not_fit_are_refused(tensor: QTensor) -> None:
 def test_codes_are_a_matrix(tensor: QTensor) -> None:
     with pytest.raises(ValueError, match="a weight is a matrix"):
         QTensor(tensor.format, tensor.codes[0], tensor.params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_that_are_not_finite_are_counted(dtype: Any) -> None:
+    with np.errstate(over="ignore"):
+        every = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(dtype)
+    assert not_finite(every) == 2048  # the largest exponent: two infinities and 2,046 NaNs
+    assert not_finite(every.reshape(256, 256).T[:, ::3]) == int((~np.isfinite(every.reshape(256, 256).T[:, ::3])).sum())
+    assert not_finite(every[np.isfinite(every)]) == 0

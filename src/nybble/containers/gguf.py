@@ -29,6 +29,7 @@ from nybble.files.gguf_blocks import LAYOUTS, split
 from nybble.files.json_strict import parse_object
 from nybble.files.opening import open_file
 from nybble.formats import Format, QTensor, parse_format
+from nybble.formats.base import not_finite
 from nybble.formats.integer import Integer
 from nybble.models.arch import Architecture, table_for
 from nybble.models.config_check import check_config
@@ -222,11 +223,9 @@ class _Reader:
 
     def _check_finite(self, inside: str, params: Mapping[str, NDArray[Any]]) -> None:
         for suffix, array in params.items():
-            bad = array > LARGEST_EXPONENT if suffix == "exponent" else ~np.isfinite(array)
-            if bad.any():
-                raise FileFormatError(
-                    f"{self.file.path}: tensor {shown(inside)} has {int(bad.sum())} blocks whose {suffix} is not finite"
-                )
+            bad = int(np.count_nonzero(array > LARGEST_EXPONENT)) if suffix == "exponent" else not_finite(array)
+            if bad:
+                raise FileFormatError(f"{self.file.path}: tensor {shown(inside)} has {bad} blocks whose {suffix} is not finite")
 
     def float(self, name: str) -> NDArray[Any]:
         place, inside = self._find(name)

@@ -28,6 +28,7 @@ from nybble.files.json_strict import parse_object, read_object
 from nybble.files.safetensors import SafetensorsFile, write
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations, parse_entry
+from nybble.formats.base import not_finite
 
 CONTAINER = 1
 WEIGHTS = "model.safetensors"
@@ -72,7 +73,7 @@ class NativeFile:
             if suffix == "exponent" and array.dtype == np.uint8:
                 bad = int((array > LARGEST_EXPONENT).sum())
             elif suffix != "values" and array.dtype.kind == "f":
-                bad = array.size - int(np.isfinite(array).sum())
+                bad = not_finite(array)
             else:
                 continue
             if bad:

@@ -23,6 +23,8 @@ constexpr std::int32_t kFar = 1 << 16;  // levels from here on would leave 32 bi
 constexpr std::size_t kMapped = std::size_t(1) << 18;  // bytes from which memory is mapped
 constexpr std::size_t kHuge = std::size_t(2) << 20;    // bytes of a huge page
 constexpr std::size_t kSlab = 16 * kHuge;
+constexpr std::size_t kGroup = std::size_t(1) << 16;   // bytes of tiles that a thread lays out at a time
+constexpr std::size_t kTogether = 16;                  // groups whose pages are given back together
 constexpr std::size_t kShared = std::size_t(1) << 16;  // bytes from which memory may come from a slab
 
 void give_back(const void* from, std::size_t bytes) {
@@ -222,7 +224,7 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads, const Neste
     data_ = Memory(w.tiles * w.tile_bytes, true);
     w.data = data_.as();
     const std::size_t padded_bytes = kRows * w.units * kUnit;
-    const std::size_t group = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, w.tile_bytes));
+    const std::size_t group = std::max<std::size_t>(1, kGroup / std::max<std::size_t>(1, w.tile_bytes));
     Memory scratch(padded_bytes * std::size_t(threads));
     parallel((w.tiles + group - 1) / group, threads, [&](std::size_t g, int worker) {
         const std::uint8_t* rows[kRows];
@@ -233,8 +235,11 @@ LaidWeight::LaidWeight(const Weight& source, bool drop, int threads, const Neste
                 rows[r] = t * kRows + r < w.rows ? source.packed + (t * kRows + r) * source.row_bytes : nullptr;
             run.tile_codes(rows, w.columns, w.units, w.bits, data_.as() + t * w.tile_bytes, mine);
         }
-        if (drop) give_back(source.packed + g * group * kRows * source.row_bytes,
-                            (std::min(w.rows, end * kRows) - g * group * kRows) * source.row_bytes);
+        // A megabyte at a time: each call interrupts the other threads. What one of them still reads there comes back.
+        if (drop && ((g + 1) % kTogether == 0 || end == w.tiles)) {
+            const std::size_t from = g / kTogether * kTogether * group * kRows;
+            give_back(source.packed + from * source.row_bytes, (std::min(w.rows, end * kRows) - from) * source.row_bytes);
+        }
     });
     const auto lay = [&](const void* from, bool half, std::size_t stride, Memory& to) {
         to = Memory(w.tiles * std::max<std::size_t>(1, w.blocks) * kRows * (half ? 2 : 4), true);
