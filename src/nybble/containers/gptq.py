@@ -132,9 +132,9 @@ class _Reader:
         scale = self.folder.scales(f"{module}.scales")
         group = self._group(module, columns, len(scale))
         order = self._order(module, columns, group, len(scale))
-        zero = self._zeros(module, rows, fmt.bits)[order].T if ",asym" in spec else None
+        zero = _ordered(self._zeros(module, rows, fmt.bits), order).T if ",asym" in spec else None
         codes = unpack_words(self.folder.read(f"{module}.qweight").T, columns, fmt.bits)
-        return tensor_of(fmt, codes, group, scale[order].T, zero)
+        return tensor_of(fmt, codes, group, _ordered(scale, order).T, zero)
 
     def _bits(self, module: str, words: int) -> tuple[int, int]:
         """(bits, columns) of a module: as the settings say, or, where they make exceptions, as `g_idx` says."""
@@ -197,6 +197,11 @@ class _Reader:
             words = (words.astype(np.uint32) + np.uint32(_ones(bits))).view(np.int32)
         zeros = unpack_words(words, rows, bits)
         return (zeros + np.uint8(1)) & np.uint8(7) if self.v1 and bits == 3 else zeros
+
+
+def _ordered(groups: NDArray[Any], order: NDArray[np.int64]) -> NDArray[Any]:
+    """Rows in an order; the array itself where they are."""
+    return groups if np.array_equal(order, np.arange(len(groups))) else groups[order]
 
 
 def _ones(bits: int) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nybble.errors import NumericError
 from nybble.formats import Format, QTensor, parse_format
+from nybble.formats.base import Params, slabs
 from nybble.formats.spec import GROUPS
 
 WHOLE_ROW = -1
@@ -64,18 +65,24 @@ def tensor_of(
     """
     _, blocks = fmt.blocks((codes.shape[0], codes.shape[1]))
     times = 1 if group == WHOLE_ROW else max(1, group // fmt.block(codes.shape[1]))
-    wide = np.repeat(scale, times, axis=1)[:, :blocks]
-    check_range(wide, float(np.abs(fmt.levels).max()))
-    zeros = None if zero is None else np.repeat(zero, times, axis=1)[:, :blocks].astype(np.float64)
-    params = fmt.from_grid(wide.astype(np.float64), zeros)
-    kept = params["scale"].astype(np.float32)
-    if not np.array_equal(kept, wide):
-        row, block = (int(i) for i in np.argwhere(kept != wide)[0])
-        raise ValueError(
-            f"scale {wide[row, block]:.9g} of row {row}, group {block} is no {params['scale'].dtype}, "
-            f"in which {fmt} keeps its scales"
-        )
-    return QTensor(fmt, codes, params)
+    check_range(scale, float(np.abs(fmt.levels).max()))
+
+    def params(rows: slice) -> Params:
+        wide = np.repeat(scale[rows], times, axis=1)[:, :blocks]
+        zeros = None if zero is None else np.repeat(zero[rows], times, axis=1)[:, :blocks].astype(np.float64)
+        found = fmt.from_grid(wide.astype(np.float64), zeros)
+        kept = found["scale"].astype(np.float32)
+        if not np.array_equal(kept, wide):
+            row, block = (int(i) for i in np.argwhere(kept != wide)[0])
+            raise ValueError(
+                f"scale {wide[row, block]:.9g} of row {rows.start + row}, group {block} is no {found['scale'].dtype}, "
+                f"in which {fmt} keeps its scales"
+            )
+        return found
+
+    # By rows: between files and formats scales and zero points pass through float64.
+    parts = [params(rows) for rows in slabs((len(scale), codes.shape[1]))]
+    return QTensor(fmt, codes, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def check_range(scale: NDArray[np.float32], levels: float) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.formats import parse_format
+from nybble.formats.base import slabs
 
 Codes = NDArray[np.uint8]
 Words = NDArray[np.int32]
@@ -39,8 +40,11 @@ def unpack_words(words: Words, columns: int, bits: int) -> Codes:
         raise ValueError(f"{words.shape[1]} words a row; {columns} codes of {bits} bits take {word_count(columns, bits)}")
     fmt = parse_format(f"int{bits}:channel")
     size = fmt.storage((1, columns))["codes"][1][1]
-    packed = np.ascontiguousarray(words, dtype="<i4").view(np.uint8)[:, :size]
-    return fmt.from_storage({"codes": packed}, (words.shape[0], columns))[0].astype(np.uint8, copy=False)
+    codes = np.empty((words.shape[0], columns), np.uint8)
+    for part in slabs(codes.shape):
+        packed = np.ascontiguousarray(words[part], dtype="<i4").view(np.uint8)[:, :size]
+        codes[part] = fmt.from_storage({"codes": packed}, codes[part].shape)[0]
+    return codes
 
 
 def pack_eights(codes: Codes) -> Words:
@@ -53,8 +57,9 @@ def pack_eights(codes: Codes) -> Words:
 
 def unpack_eights(words: Words) -> Codes:
     """uint8 [R, C]: undoes `pack_eights`."""
-    turned = unpack_words(words, 8 * words.shape[1], 4)
-    codes = np.empty((turned.shape[1], turned.shape[0]), np.uint8)
-    for place, row in enumerate(ORDER):
-        codes[row::8] = turned[:, place::8].T
+    codes = np.empty((8 * words.shape[1], words.shape[0]), np.uint8)
+    for part in slabs((words.shape[0], len(codes))):
+        turned = unpack_words(words[part], len(codes), 4)
+        for place, row in enumerate(ORDER):
+            codes[row::8, part] = turned[:, place::8].T
     return codes

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,10 @@ class NativeFile:
         spec, shape = self.packed[name]
         fmt = parse_format(spec)
         try:
-            stored = {suffix: array.copy() for suffix, array in self.stored(name).items()}
-            return QTensor.from_stored(fmt, stored, shape, self.schemes.get(name))
+            # Packed codes are unpacked from the file: a copy beside them would be more than four times what it holds.
+            stored = {suffix: array if suffix == "codes" else array.copy() for suffix, array in self.stored(name).items()}
+            tensor = QTensor.from_stored(fmt, stored, shape, self.schemes.get(name))
+            return replace(tensor, codes=tensor.codes.copy()) if not tensor.codes.flags.writeable else tensor
         except (ValueError, InputError) as error:
             raise FileFormatError(f"{self.file.path}: tensor {shown(name)}: {error}") from error
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from nybble.errors import shown
 
-MOST_BYTES = 16 << 20
-"""Of data.pkl: about 120 for each tensor."""
+MOST_BYTES = 4 << 20
+"""Of data.pkl: about 120 for each tensor. The slowest instructions take a second for so many."""
 MOST_DIMENSIONS = 32
 
 STORAGES = {
