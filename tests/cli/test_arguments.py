@@ -46,6 +46,8 @@ PLAIN = (
     "quantize -o out m --method rtn:mse --calibrate text.txt --force",
     "plan",
     "plan m --to=int4:g64 --json",
+    "formats int4:g64 nf4,dq q4_k",
+    "formats fp16 -o levels.svg fp32 --json",
     "inspect m",
     "inspect m/model.safetensors --json",
     "eval m --text t.txt --window 512 --stride 256 --protocol stride",

@@ -20,7 +20,7 @@ from nybble.cli import make_app
 
 Run = Callable[..., CompletedProcess[str]]
 README = Path(__file__).parents[2] / "README.md"
-VERBS = ("compare", "report", "bench", "quantize", "convert", "methods", "plan", "inspect", "eval", "generate")
+VERBS = ("compare", "report", "bench", "quantize", "convert", "methods", "formats", "plan", "inspect", "eval", "generate")
 
 
 def succeed(done: CompletedProcess[str]) -> str:

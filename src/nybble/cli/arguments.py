@@ -56,7 +56,11 @@ def _read(run: Callable[..., None], words: list[str]) -> dict[str, Any]:
         if not word.startswith("-") or word == "-":
             if not positional:
                 raise _NotPlain
-            name, kind = positional.pop(0)
+            name, kind = positional[0]
+            if typing.get_origin(kind) is list:  # takes all the words there are
+                given.setdefault(name, []).append(_value(typing.get_args(kind)[0], word))
+                continue
+            positional.pop(0)
             given[name] = _value(kind, word)
             continue
         spelling, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
