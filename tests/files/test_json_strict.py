@@ -124,3 +124,11 @@ def test_what_models_have_is_far_from_the_limits() -> None:
     tensors = {f"model.layers.{i}.weight": {"format": "int4:g64", "shape": [4096, 4096]} for i in range(20_000)}
     assert len(parse_object(json.dumps({"quantization_config": {"tensors": tensors}}, indent=2).encode(), "x")) == 1
     assert MAX_WIDE == 8 << 20
+
+
+def test_the_number_that_tokenizers_have_for_no_limit() -> None:
+    number = 1000000000000000019884624838656  # int(1e30), in tokenizer_config.json of most models on the hub
+    assert parse(f'{{"model_max_length": {number}}}'.encode(), "file") == {"model_max_length": number}
+    for other in (number + 1, number * 10, -number):
+        with pytest.raises(FileFormatError, match="does not fit 64 bits"):
+            parse(f'{{"model_max_length": {other}}}'.encode(), "file")

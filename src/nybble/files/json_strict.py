@@ -31,6 +31,9 @@ VALUE_BYTES = 85
 ROOM = 40 << 20
 """What parsing may take beyond the length of the text."""
 
+NO_LIMIT = str(int(1e30))
+"""What transformers writes for a tokenizer without a longest text: the one number beyond 64 bits that files are full of."""
+
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -93,9 +96,11 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def whole(digits: str) -> int:
-    """An integer of 64 bits, signed or not. "-0" is no integer to other readers, so it is none here."""
+    """An integer of 64 bits, signed or not, or NO_LIMIT. "-0" is no integer to other readers, so it is none here."""
     if digits == "-0":
         raise ValueError("-0 is not an integer")
+    if digits == NO_LIMIT:
+        return int(digits)
     if len(digits) > 20 or not -(1 << 63) <= (value := int(digits)) < 1 << 64:
         raise ValueError(f"number {digits[:24]}{'...' * (len(digits) > 24)} does not fit 64 bits")
     return value
