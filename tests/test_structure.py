@@ -40,7 +40,7 @@ LAYERS = (
     {"walk"},
     {"quantized"},
     {"run"},
-    {"evaluate"},
+    {"evaluate", "train"},
     {"report"},
     {"bench"},
     {"cli"},
@@ -156,7 +156,19 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 
 def test_formats_and_methods_are_found_by_file() -> None:
-    shared = {"activations", "base", "ggml_search", "ggml_tries", "qtensor", "recast", "search", "spec"}
+    shared = {
+        "activations",
+        "base",
+        "explain",
+        "floating",
+        "ggml_search",
+        "ggml_tries",
+        "number_line",
+        "qtensor",
+        "recast",
+        "search",
+        "spec",
+    }
     found = set()
     for module in pkgutil.iter_modules([str(ROOT / "formats")]):
         names = getattr(importlib.import_module(f"nybble.formats.{module.name}"), "NAMES", {})

@@ -1,4 +1,4 @@
-"""A torch model that rounds what llama.cpp rounds: the inputs of each matrix, in the way of the matrix's type, and GELU's table."""
+"""A torch model that rounds what llama.cpp rounds: the inputs of each matrix, as the matrix's type asks, and GELU."""
 
 from __future__ import annotations
 

@@ -24,7 +24,20 @@ INTERRUPTED = 130
 Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for wrong arguments: its own class, or that of the click package, by its version."""
 
-VERBS = ("compare", "report", "quantize", "convert", "methods", "plan", "inspect", "eval", "generate", "bench")
+VERBS = (
+    "compare",
+    "report",
+    "quantize",
+    "convert",
+    "methods",
+    "formats",
+    "plan",
+    "inspect",
+    "eval",
+    "generate",
+    "bench",
+    "train",
+)
 """Each is the module of its name, with NAME, HELP and run; `--help` lists them in this order."""
 
 

@@ -1,0 +1,174 @@
+"""`nybble train`: text in, a trained model's folder out; stopped anywhere it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nybble.cli import console
+
+if TYPE_CHECKING:
+    from nybble.train.loop import Step, Trainer
+    from nybble.train.settings import Settings
+
+NAME = "train"
+HELP = """Train a language model, from scratch or from one that is there, in fp32, bf16 or fp16.
+
+\b
+nybble train MODEL --text text.txt --steps 500 -o model-tuned              fine-tuning
+nybble train --shape gpt2-6m --text folder -o model --steps 5000           from scratch, with a tokenizer of its own
+nybble train MODEL --text text.txt -o model-tuned --steps 500 --precision bf16 --optimizer adamw8bit
+nybble train MODEL --text text.txt -o model-int4 --qat int4:g64 --teacher MODEL --steps 300    weights rounded in every pass
+nybble train MODEL --text text.txt -o model-small --layers 3 --teacher MODEL                   distillation to fewer layers
+torchrun --nproc-per-node 2 -m nybble train MODEL --text text.txt -o model-tuned --steps 500
+The same command again goes on where a run stopped.
+"""
+
+
+def run(
+    model: Annotated[str | None, typer.Argument(help="Model folder or hub name to begin with.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to learn from: file (.txt, .json, .jsonl) or folder.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make, or to go on in.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights instead: gpt2-6m, llama-6m, gpt2, ... or FILE.json.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Model folder or hub name whose tokenizer a new model takes.")] = None,
+    vocabulary: Annotated[int, typer.Option(help="Tokens of a new tokenizer.")] = 4096,
+    held_out: Annotated[Path | None, typer.Option(help="Text to measure on; default a twentieth of the text.")] = None,
+    steps: Annotated[int, typer.Option(help="Updates of the weights.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Windows of a step.")] = 8,
+    micro: Annotated[int | None, typer.Option(help="Windows of one pass; gradients of several are summed.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.001,
+    warmup: Annotated[int | None, typer.Option(help="Steps until it; default a fiftieth of all.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradients; 0: none.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16 (autocast; fp16 scales the loss).")] = "fp32",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or adamw4bit.")] = "adamw",
+    narrow_embeddings: Annotated[
+        bool, typer.Option("--narrow-embeddings", help="Optimizer of few bits for embeddings too; they keep 32 otherwise.")
+    ] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice instead of keeping them.")
+    ] = False,
+    evaluate_every: Annotated[int, typer.Option(help="Steps between held-out losses; 0: at the end.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: at the end.")] = 100,
+    qat: Annotated[str | None, typer.Option(help="Quantization-aware: the format of weights in every pass.")] = None,
+    qat_scales: Annotated[str, typer.Option(help="fit (the format's own, in every pass) or learned.")] = "fit",
+    keep: Annotated[list[str] | None, typer.Option(help="Weights that stay in float with --qat. Repeatable.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights with --qat. Repeatable.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Model whose predictions are learnt instead of the text.")] = None,
+    share: Annotated[float, typer.Option(help="Of the loss that the teacher has; the rest is the text's.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the teacher's and the student's predictions.")] = 1.0,
+    layers: Annotated[int | None, typer.Option(help="Begin with so many of MODEL's layers, spread evenly.")] = None,
+    seed: Annotated[int, typer.Option(help="Order of the windows, random weights, dropout.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default a GPU where there is one.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what is in the output folder and begin anew.")] = False,
+) -> None:
+    """Read the text, begin or go on, save, report."""
+    from nybble.errors import UsageError
+    from nybble.train.settings import Settings
+
+    if text is None or output is None:
+        raise UsageError("train needs --text TEXT and -o OUTPUT")
+    if (model is None) == (shape is None):
+        raise UsageError("train begins with a MODEL or with random weights of --shape SHAPE: give one of them")
+    warmup = max(1, steps // 50) if warmup is None else warmup
+    settings = Settings(
+        steps=steps,
+        batch=batch,
+        micro=min(micro or batch, batch),
+        window=window,
+        learning_rate=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        precision=precision,
+        optimizer=optimizer,
+        wide_embeddings=not narrow_embeddings,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        qat=qat,
+        qat_scales=qat_scales,
+        keep=tuple(keep or ()),
+        rules=tuple(console.parse_rules(rule or ())),
+        share=share,
+        temperature=temperature,
+    )
+    settings.check()
+    if qat is None and (keep or rule or qat_scales != "fit"):
+        raise UsageError("--keep, --rule and --qat-scales say what --qat FORMAT does; give it")
+    if threads is not None:
+        import torch
+
+        if not 1 <= threads <= 1024:
+            raise UsageError(f"{threads} threads: give 1 to 1024")
+        torch.set_num_threads(threads)
+    _train(model, shape, tokenizer, vocabulary, text, held_out, settings, output, device, restart, teacher, layers)
+
+
+def _train(
+    model: str | None, shape: str | None, tokenizer: str | None, vocabulary: int, text: Path, held_out: Path | None,
+    settings: Settings, output: Path, device: str | None, restart: bool, teacher: str | None, layers: int | None,
+) -> None:  # fmt: skip
+    from nybble.errors import InputError
+    from nybble.models.hub import resolve
+    from nybble.models.loading import load_model, load_tokenizer
+    from nybble.report.training import write_training_report
+    from nybble.train import session, start
+    from nybble.train.data import read_text_tree
+    from nybble.train.distill import fewer_layers
+    from nybble.train.world import join
+
+    if shape is not None:
+        start.check_shape(shape)
+    documents = read_text_tree(text)
+    measured = None if held_out is None else read_text_tree(held_out)
+    with join(device) as world, console.progress() as bar:
+        if world.first:
+            session.check_folder(output, restart)
+        world.wait()
+        head = "" if world.first else None
+        if model is not None:
+            begin = start.load(resolve(model, download=True))
+        else:
+            from_folder = None if tokenizer is None else load_tokenizer(resolve(tokenizer, download=True))
+            learnt = from_folder or start.make_tokenizer(documents, vocabulary)
+            begin = start.new(str(shape), learnt, settings.seed)
+        if layers is not None:
+            begin = replace(begin, model=fewer_layers(begin.model, layers), name=f"{begin.name}, {layers} layers")
+        judge = None if teacher is None else load_model(resolve(teacher, download=True))
+        if begin.end is None and len(documents) > 1:
+            raise InputError("the tokenizer has no end-of-text token to put between documents; give one text")
+
+        def begun(trainer: Trainer, done: int) -> None:
+            parameters = sum(p.numel() for p in begin.model.parameters())
+            said = f"{parameters / 1e6:.2f} M parameters, {len(trainer.text.ids):,} tokens, {settings.steps} steps of "
+            epochs = settings.steps * settings.batch / trainer.text.windows
+            said += f"{settings.batch * settings.window:,} tokens ({epochs:.1f} epochs)"
+            if world.first:
+                bar.remark(said + (f"; going on after step {done}" if done else ""))
+
+        def watch(step: Step) -> None:
+            if head is None:
+                return
+            tokens = settings.batch * settings.window / step.seconds
+            bar.update(head, f"loss {step.loss:.3f}, {tokens:,.0f} tokens/s", step.step / settings.steps)
+            if step.held_out is not None:
+                bar.remark(f"step {step.step}: loss {step.loss:.4f}, held out {step.held_out:.4f}")
+
+        try:
+            trained = session.train(begin, documents, measured, settings, output, world, judge, watch, begun)
+        except KeyboardInterrupt:
+            bar.remark(f"stopped; the same command goes on from {output / session.TRAINING / session.CHECKPOINTS}")
+            raise
+        if not world.first:
+            return
+        write_training_report(output / session.TRAINING, trained, settings)
+    path = [trained.before, *([] if trained.rounded is None else [trained.rounded]), trained.after]
+    words = " -> ".join(f"{loss:.4f}" for loss in path)
+    typer.echo(f"{output}: held-out loss {words} nats per token{'' if trained.rounded is None else ' (float, rounded, trained)'}")
