@@ -20,7 +20,20 @@ from nybble.cli import make_app
 
 Run = Callable[..., CompletedProcess[str]]
 README = Path(__file__).parents[2] / "README.md"
-VERBS = ("compare", "report", "bench", "quantize", "convert", "methods", "formats", "plan", "inspect", "eval", "generate")
+VERBS = (
+    "compare",
+    "report",
+    "bench",
+    "quantize",
+    "convert",
+    "methods",
+    "formats",
+    "plan",
+    "inspect",
+    "eval",
+    "generate",
+    "train",
+)
 
 
 def succeed(done: CompletedProcess[str]) -> str:

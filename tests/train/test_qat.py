@@ -70,6 +70,21 @@ def test_tied_weights_stay_tied(tiny: Callable[..., Any], trainer: Make) -> None
     assert "transformer.wte.weight" in convert(model)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_eight_bit_states_of_rounded_weights(wide: bool, tiny: Callable[..., Any], trainer: Make) -> None:
+    """The table that is rounded keeps 32-bit states as one that is not; learned scales do not decay."""
+    model = tiny("gpt2")
+    prepare(model, "int4:g32", scales="learned")
+    run = trainer(model=model, steps=2, optimizer="adamw8bit", wide_embeddings=wide)
+    run.run()
+    state = run.optimizer.state[model.transformer.wte.parametrizations["weight"].original]
+    assert ("exp_avg" in state) == wide
+    moves = {id(move) for move in scale_parameters(model)}
+    for group in run.optimizer.param_groups:
+        decays = group["weight_decay"] > 0
+        assert not decays or not moves & {id(p) for p in group["params"]}
+
+
 def test_gradients_pass_rounding() -> None:
     layer = torch.nn.Linear(64, 8, bias=False)
     fake = FakeQuantized(parse_format("int4:g32"), layer, "fit")

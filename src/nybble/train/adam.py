@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, overload
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import ParamsT
 
 from nybble.errors import NumericError, UsageError
@@ -121,7 +122,7 @@ def groups_of(model: torch.nn.Module, weight_decay: float, wide: bool = True) ->
     that they are, keep float32 moments where `wide`. A head tied to an embedding is that embedding. Frozen parameters and empty
     groups are left out. Any torch optimizer takes these groups."""
     tables = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, tables)}
+    embeddings = {id(_weight_of(module)) for module in model.modules() if isinstance(module, tables)}
     groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {(True, False): [], (False, False): [], (True, True): []}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -132,6 +133,11 @@ def groups_of(model: torch.nn.Module, weight_decay: float, wide: bool = True) ->
         for (decays, is_wide), members in groups.items()
         if members
     ]
+
+
+def _weight_of(module: torch.nn.Module) -> Any:
+    """The parameter behind a weight, also where each use of it computes another tensor (quantization-aware training)."""
+    return module.parametrizations["weight"].original if is_parametrized(module, "weight") else module.weight  # type: ignore[index, union-attr]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
