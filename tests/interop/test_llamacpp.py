@@ -125,8 +125,8 @@ def test_greedy_text_up_to_ties(model: str, written: Callable[[str, str], Path])
 @pytest.mark.parametrize("spec", ["fp16", "q8_0"])
 @pytest.mark.parametrize("model", [name for name in MODELS if "qwen" in name])
 def test_greedy_text_of_random_weights(model: str, spec: str, written: Callable[[str, str], Path]) -> None:
-    """Their logits have ties everywhere, so only this much can be asked: a token that llama.cpp chooses is ours, or is behind it by
-    no more than what its rounding does to a logit."""
+    """Their logits have ties everywhere, so only this much can be asked: a token that llama.cpp chooses is ours, or is behind it
+    by no more than what its rounding does to a logit."""
     path = written(model, spec)
     ours, theirs, codec = Decoder.load(path, threads=1, exact=True), Llama(path), TextCodec.load(path)
     for prompt in ("import sys", "The quick brown fox", "1, 2, 3, ", "def main():"):
