@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +93,13 @@ class Text:
 
     def _window(self, number: int) -> NDArray[np.int32]:
         epoch, place = divmod(number, self.windows)
-        first, order = self._epoch(epoch)
+        first, order = _order(self.seed, epoch, len(self.ids), self.window, self.windows)
         start = first + int(order[place]) * self.window
         return self.ids[start : start + self.window]
 
-    def _epoch(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
-        cached: tuple[int, int, NDArray[np.int64]] | None = self.__dict__.get("_cached")
-        if cached is None or cached[0] != epoch:
-            draw = np.random.default_rng([self.seed, epoch])
-            first = int(draw.integers(0, len(self.ids) - self.windows * self.window + 1))
-            cached = (epoch, first, draw.permutation(self.windows))
-            self.__dict__["_cached"] = cached
-        return cached[1], cached[2]
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, tokens: int, window: int, windows: int) -> tuple[int, NDArray[np.int64]]:
+    """The first token of an epoch's windows, and which of them comes when."""
+    draw = np.random.default_rng([seed, epoch])
+    return int(draw.integers(0, tokens - windows * window + 1)), draw.permutation(windows)

@@ -62,7 +62,7 @@ class FakeQuantized(nn.Module):
         """Codes and params of a weight [N, K] as they are now. Raises NumericError for one that is not finite."""
         if self.move is None or self.first is None:
             return ROUNDING.quantize(weight, self.format, None)
-        scale = self.first * np.exp(self.move.detach().double().numpy())
+        scale = self.first * np.exp(self.move.detach().double().cpu().numpy())
         params = self.format.from_grid(scale, self.offset)
         return QTensor(self.format, self.format.encode(weight, params), params)
 
@@ -78,9 +78,8 @@ class _Round(torch.autograd.Function):
             scale, offset = (None if part is None else np.asarray(part, np.float32) for part in fake.format.grid(tensor.params))
             ctx.block, levels = fake.format.block(weight.shape[1]), fake.format.levels
             ctx.ends = float(levels.min()), float(levels.max())
-            ctx.save_for_backward(
-                weight.detach(), decoded, torch.from_numpy(scale), None if offset is None else torch.from_numpy(offset)
-            )
+            grids = [None if part is None else torch.from_numpy(part).to(weight.device) for part in (scale, offset)]
+            ctx.save_for_backward(weight.detach(), decoded, *grids)
         return decoded
 
     @staticmethod
