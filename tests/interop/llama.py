@@ -92,3 +92,11 @@ def quantize(source: Path, target: Path, file_type: str, pure: bool = False, imp
             entry.name, entry.data, entry.size = name.encode(), kept[-1], columns
         settings.imatrix = table
     return int(llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)) == 0
+
+
+def widen(source: Path, target: Path) -> bool:
+    """llama.cpp's own decoding of a file's weights: written as float32; whether it did."""
+    llama_cpp.llama_log_set(_silence, ctypes.c_void_p(0))
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread, settings.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, 1, True
+    return int(llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), settings)) == 0

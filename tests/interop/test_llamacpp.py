@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama import Llama
+from llama import Llama, widen
 from readers import MODELS, data
 from rounded import Rounded
 from tokenizers import Tokenizer
@@ -136,6 +136,19 @@ def test_greedy_text_of_random_weights(model: str, spec: str, written: Callable[
         behind = (logits.max(1) - logits[np.arange(32), chosen]) / logits.std(1)
         assert behind.max() <= BOUNDS[activations(path)][1][0], prompt
         assert (behind == 0).mean() > 0.8, prompt
+    theirs.close()
+
+
+@pytest.mark.parametrize("model", TIES)
+def test_greedy_text_of_weights_that_it_decoded(model: str, written: Callable[[str, str], Path], tmp_path: Path) -> None:
+    """With its own decoding of a Q8_0 file, and so with float activations, llama.cpp writes our text on every prompt."""
+    path, wide = written(model, "q8_0"), tmp_path / "wide.gguf"
+    assert widen(path, wide)
+    assert {tag for tag, _ in open_contents(wide).floats.values()} == {"F32"}
+    ours, theirs, codec = Decoder.load(path, threads=1, exact=True), Llama(wide), TextCodec.load(path)
+    for prompt in PROMPTS[model] + TIES[model]:
+        ids = codec.encode(prompt)
+        assert theirs.greedy(ids, 64) == ours.generate(ids, max_new_tokens=64, stop_tokens=()), prompt
     theirs.close()
 
 

@@ -201,7 +201,22 @@ def test_wrong_usage(arguments: tuple[str, ...], message: str, words: Path, mode
     places = {"TEXT": str(words), "OUT": str(tmp_path / "out"), "MODEL": str(model), "MODEL/..": str(model.parent)}
     with pytest.raises(NybbleError, match=re.escape(message)):
         cli._run(["train", *(places.get(word, word) for word in arguments)])
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_does_not_forget_a_run(model: Path, words: Path) -> None:
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    for wrong in (
+        ["nowhere"],
+        ["--shape", "gpt2-2m", "--vocabulary", "9"],
+        [str(model), "--window", "65"],
+        [str(model), "--window", "32", "--qat", "int9"],
+        [str(model), "--window", "32", "--qat", "int4:g64", "--keep", "no.such.weight"],
+        [str(model), "--window", "32", "--qat", "q4_0", "--qat-scales", "learned"],
+    ):
+        with pytest.raises(NybbleError):
+            cli._run(["train", *wrong, "--text", str(words), "-o", str(model), "--restart"])
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
 
 def test_tokenizers() -> None:

@@ -129,9 +129,7 @@ def _train(
     documents = read_text_tree(text)
     measured = None if held_out is None else read_text_tree(held_out)
     with join(device) as world, console.progress() as bar:
-        if world.first:
-            session.check_folder(output, restart)
-        world.wait()
+        session.check_folder(output)
         head = "" if world.first else None
         if model is not None:
             begin = start.load(resolve(model, download=True))
@@ -162,7 +160,7 @@ def _train(
                 bar.remark(f"step {step.step}: loss {step.loss:.4f}, held out {step.held_out:.4f}")
 
         try:
-            trained = session.train(begin, documents, measured, settings, output, world, judge, watch, begun)
+            trained = session.train(begin, documents, measured, settings, output, world, judge, watch, begun, restart)
         except KeyboardInterrupt:
             bar.remark(f"stopped; the same command goes on from {output / session.TRAINING / session.CHECKPOINTS}")
             raise

@@ -53,21 +53,23 @@ class Trained:
     parameters: int
 
 
-def check_folder(output: Path, restart: bool) -> None:
-    """Raise OutputError where a run cannot be written, or where something else is there already; with `restart` what an earlier
-    run left goes away."""
-    training = output / TRAINING
+def check_folder(output: Path) -> None:
+    """Raise OutputError where a run cannot be written, or where something else is there already. Changes nothing."""
     if output.exists() and not output.is_dir():
         raise OutputError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (training / RUN).is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / TRAINING / RUN).is_file():
         raise OutputError(f"output folder {output} holds something else than a training run; name another")
-    if restart:
-        shutil.rmtree(training, ignore_errors=True)
-        for name in MODEL_FILES:
-            (output / name).unlink(missing_ok=True)
+
+
+def _make_folder(output: Path, restart: bool) -> None:
+    """The folder of a run; with `restart` what an earlier one left goes away. Called when nothing can be wrong any more."""
     try:
-        training.mkdir(parents=True, exist_ok=True)
-        (training / RUN).touch()
+        if restart:
+            shutil.rmtree(output / TRAINING, ignore_errors=True)
+            for name in MODEL_FILES:
+                (output / name).unlink(missing_ok=True)
+        (output / TRAINING).mkdir(parents=True, exist_ok=True)
+        (output / TRAINING / RUN).touch()
     except OSError as error:
         raise OutputError(f"cannot write in {output}: {error.strerror or error}") from error
 
@@ -82,11 +84,13 @@ def train(
     teacher: Any = None,
     watch: Callable[[Step], None] = lambda step: None,
     begun: Callable[[Trainer, int], None] = lambda trainer, done: None,
+    restart: bool = False,
 ) -> Trained:
     """Train a model and save it in `output`; a run that is there goes on where it stopped.
 
     `held_out` is measured on; without it every twentieth document (or the end of each) is held back. `begun` is told the steps
-    that are done before any further. Raises UsageError, InputError, NumericError, OutputError.
+    that are done before any further. With `restart` a run that is there is forgotten, once nothing can be wrong any more. Raises
+    UsageError, InputError, NumericError, OutputError.
     """
     if settings.window > start.context:
         raise UsageError(f"window of {settings.window} tokens is longer than the model's context of {start.context}")
@@ -102,14 +106,21 @@ def train(
         check_teacher(teacher, start.model)
         facts["teacher"] = _digest(teacher)
         loss = distillation_loss(teacher.to(world.device), settings.share, settings.temperature)
+    settings.check()
+    settings.passes(world.size)
+    check_folder(output)
+    start.model.to(world.device)
     measure = partial(held_out_loss, start.model, windows, settings.micro, world.device)
-    known = _known(training, facts)
+    known = {} if restart else _known(training, facts)
     before = known.get("before") or measure()
     plan = prepare(start.model, settings.qat, settings.keep, settings.rules, settings.qat_scales) if settings.qat else None
     rounded = (known.get("rounded") or measure()) if plan else None
+    world.wait()
     if world.first:
+        _make_folder(output, restart)
         told = {"facts": facts, "settings": settings.facts(), "before": before, "rounded": rounded}
         (training / RUN).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    world.wait()
     trainer = Trainer(start.model, text, windows, settings, training, world, facts, loss)
     begun(trainer, trainer.go_on())
     trainer.run(watch)
