@@ -163,6 +163,7 @@ def test_formats_and_methods_are_found_by_file() -> None:
         "floating",
         "ggml_search",
         "ggml_tries",
+        "nonzero",
         "number_line",
         "qtensor",
         "recast",

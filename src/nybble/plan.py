@@ -72,7 +72,7 @@ class Plan:
     @property
     def is_cast(self) -> bool:
         """The whole model becomes one floating type, and stays a plain checkpoint of that type."""
-        return self.recipe.format in CAST_TAGS and not self.recipe.keep and not self.recipe.rules
+        return _casts_all(self.recipe)
 
     @property
     def bpw(self) -> float:
@@ -136,8 +136,20 @@ def canonical(spec: str) -> str:
         raise unknown_name("format", spec.partition(":")[0], [*format_names(), *mix_names()]) from error
 
 
+def prunes(row: PlanRow) -> bool:
+    """Whether weights of this tensor become zero: of those that linear layers inside the blocks multiply with, where the method
+    prunes."""
+    inside = row.tensor.block is not None and row.tensor.kind in ("linear", "conv1d")
+    return inside and row.method is not None and row.method != "cast" and parse_method(row.method).settings.prunes
+
+
+def _casts_all(recipe: Recipe) -> bool:
+    alone = recipe.format in CAST_TAGS and not recipe.keep and not recipe.rules
+    return alone and not parse_method(recipe.method).settings.prunes
+
+
 def _decide(tensor: TensorInfo, recipe: Recipe, tensors: Sequence[TensorInfo]) -> PlanRow:
-    whole_cast = recipe.format in CAST_TAGS and not recipe.keep and not recipe.rules
+    whole_cast = _casts_all(recipe)
     if tensor.kind == "float":
         if whole_cast and tensor.dtype in FLOAT_BITS:
             bits = tensor.weights * FLOAT_BITS[CAST_TAGS[recipe.format]]
@@ -169,7 +181,15 @@ def _decide(tensor: TensorInfo, recipe: Recipe, tensors: Sequence[TensorInfo]) -
     scheme = _scheme(tensor, fmt, recipe)
     if scheme is not None:
         notes.append(f"activations {scheme}")
-    method = "cast" if fmt.is_cast else recipe.method
+    settings = parse_method(recipe.method).settings
+    inside = tensor.block is not None and tensor.kind != "embedding"
+    if settings.prunes and inside:
+        notes.append(
+            f"pruned, {settings.pattern} kept" if settings.pattern != "free" else f"pruned, {settings.sparsity:.0%} zero"
+        )
+    elif settings.prunes and fmt.is_cast and not reason:
+        return PlanRow(tensor, None, None, _float_bits(tensor), "outside the blocks: not pruned")
+    method = "cast" if fmt.is_cast and not (settings.prunes and inside) else recipe.method
     bits = fmt.stored_bits(shape) + (Activations(scheme).bits if scheme else 0)
     return PlanRow(tensor, str(fmt), method, bits, "; ".join(n for n in notes if n), scheme)
 

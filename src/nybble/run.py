@@ -37,7 +37,7 @@ from nybble.models.gelu import quick_activations
 from nybble.models.loading import DTYPES, evaluating, lay_out_for_half, load_model, quiet
 from nybble.models.packed import PackedWeight
 from nybble.models.replace import replace_weights
-from nybble.plan import Plan, Recipe, make_plan
+from nybble.plan import Plan, Recipe, make_plan, prunes
 from nybble.quantized import Quantized, stored_tensor
 from nybble.version import __version__
 from nybble.walk import Walk
@@ -95,18 +95,20 @@ def quantize_by_plan(
     consume: bool = False,
     progress: Progress | None = None,
     observe: Callable[[str, NDArray[np.float32], QTensor], None] | None = None,
+    places: dict[str, NDArray[np.float32]] | None = None,
 ) -> Quantized:
     """Carry out a plan on a float model. With `consume` the model's own float weights are given up as they are packed.
 
     `windows` are calibration windows, integers [windows, tokens], for methods that read any. `observe` is called with
-    (name, float weight [N, K], QTensor) for each packed weight. Raises UsageError where a method needs windows and has none.
+    (name, float weight [N, K], QTensor) for each packed weight; `places` is filled with where a calibrated method would rather
+    have each weight, by name, as far as its code stays the nearest. Raises UsageError where a method needs windows and has none.
     """
     method = parse_method(plan.recipe.method)
     provenance = _provenance(plan, source)
     rows = plan.packed
     known = sites(model)
     formats = {row.tensor.name: parse_format(row.format or "") for row in rows}
-    if windows is None and method.settings.calibrated and not all(fmt.is_cast for fmt in formats.values()):
+    if windows is None and method.settings.calibrated and any(row.method != "cast" for row in rows):
         raise method.lacks_calibration()
     if windows is not None and method.uses_calibration:
         check_windows(model, windows)
@@ -118,9 +120,9 @@ def quantize_by_plan(
     edited: set[str] = set()
     moved: dict[str, torch.Tensor] = {}
     if method.settings.blockwise and windows is not None:
-        walked = {name: fmt for name, fmt in formats.items() if not fmt.is_cast}
+        walked = {row.tensor.name: formats[row.tensor.name] for row in rows if row.method != "cast"}
         mine = consume and observe is None and method.settings.edit == "none"  # nobody needs its float weights again
-        walk = _walk(model if mine else copy.deepcopy(model), plan, method, walked, windows, progress)
+        walk = _walk(model if mine else copy.deepcopy(model), plan, method, walked, windows, progress, places)
         packed, accounts, edits, moved = walk.tensors, walk.accounts, walk.edits, walk.moved
         if edits:
             provenance["edits"] = summary(edits)
@@ -136,11 +138,12 @@ def quantize_by_plan(
     importance = None
     if windows is not None and method.settings.scales == "search" and not method.settings.blockwise:
         importance = input_importance(model, windows, lambda done, n: progress("calibration", done, n) if progress else None)
+    pruned = {row.tensor.name for row in rows if prunes(row)}
     for i, (name, fmt) in enumerate(formats.items()):
         weight = float_weight(known[name].modules[0])
         if name not in packed:
             try:
-                packed[name] = method.quantize(weight, fmt, (importance or {}).get(name))
+                packed[name] = method.quantize(weight, fmt, (importance or {}).get(name), prune=name in pruned)
             except NumericError as error:
                 raise NumericError(f"{name}: {error}") from error
         if observe:
@@ -170,6 +173,7 @@ def _walk(
     formats: dict[str, Format],
     windows: NDArray[np.integer[Any]],
     progress: Progress | None,
+    places: dict[str, NDArray[np.float32]] | None,
 ) -> Walk:
     """A calibrated method on a model whose weights it replaces on its way."""
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
@@ -177,7 +181,7 @@ def _walk(
     fused = [name for name, role in roles.items() if role == "query, key and value"]
     groups = {name: 3 for name in fused if len(weight_view(layers[name])) % 3 == 0}
     with quiet(), quick_activations(model), Workers() as workers:
-        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress)
+        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress, places=places)
         walk.run()
     return walk
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +66,11 @@ class Walk:
     """Of tuning all layers together: (step, KL on the windows held back)."""
     block_histories: list[list[tuple[int, float]]] = field(default_factory=list)
     """Of tuning blocks: (step, mean squared error of what the block gives, on the windows held back)."""
+    places: dict[str, NDArray[np.float32]] | None = None
+    """Name -> float32 [N, K]: where each weight would rather be, as far as its code stays the nearest; None: nobody asks."""
     _latents: dict[str, Latent] = field(default_factory=dict)
+    _inside: set[str] = field(default_factory=set)
+    """Weights of linear layers inside the blocks, as the walk comes to them: what may be pruned."""
 
     def run(self) -> None:
         """Fill `tensors`, `accounts`, `edits`, `moved`. Raises NumericError naming the weight, InputError where a model has no
@@ -115,6 +119,7 @@ class Walk:
                         stats = self._statistics(group, float_inputs, None)
                     else:
                         stats = self._statistics(group, inputs, float_inputs if settings.target > 0 else None)
+                self._inside |= set(group)
                 for name in group:
                     self._decide(name, stats[name])
             if twin is not None:
@@ -202,12 +207,17 @@ class Walk:
         layer = self.layers[name]
         weight = float_weight(layer)
         try:
-            tensor, account = choose(weight, self.formats[name], self.settings, stats, self.workers.each)
+            settings = self.settings if name in self._inside else replace(self.settings, mask="none")
+            tensor, account = choose(weight, self.formats[name], settings, stats, self.workers.each)
         except NumericError as error:
             raise NumericError(f"{name}: {error}") from error
         self.tensors[name], self.accounts[name] = tensor, account
-        if self._tuned:
-            self._latents[name] = Latent(tensor, wanted(tensor, torch.from_numpy(weight), self.settings, stats, account.damping))
+        if self._tuned or (self.places is not None and not tensor.format.is_cast):
+            latent = Latent(tensor, wanted(tensor, torch.from_numpy(weight), self.settings, stats, account.damping))
+            if self._tuned:
+                self._latents[name] = latent
+            if self.places is not None:
+                self.places[name] = latent.place().numpy()
         decoded = tensor.decode()
         if stats.means is not None:
             self._move(name.removesuffix("weight") + "bias", moved_bias(_bias(layer), weight, decoded, stats))
@@ -294,6 +304,9 @@ class Walk:
             if isinstance(value, QTensor):
                 self.tensors[name] = value
                 put_weight(self.layers[name], value.decode())
+                latent = latents[name]
+                if self.places is not None and isinstance(latent, Latent):
+                    self.places[name] = latent.again(value).place().numpy()
             else:
                 self._move(name, value)
         return history

@@ -74,6 +74,7 @@ def test_every_verb_can_be_read(name: str) -> None:
     required = {
         "report": ["r"],
         "quantize": ["m", "-o", "out"],
+        "prune": ["m", "-o", "out"],
         "inspect": ["m"],
         "convert": ["m", "out"],
         "eval": ["m"],

@@ -25,6 +25,7 @@ MODELS = ("gpt2", "gpt2-untied", "llama", "llama-tied", "mistral", "qwen2", "qwe
 CONTAINERS = container_names()
 TO = {
     "nybble": ("nf4:g64,dq", "q5_0", "int3:g32,asym"),
+    "nybble-sparse": ("int4:g64", "int2:channel", "nf4:g64,dq"),
     "gguf": ("q4_0", "q5_1", "q8_0", "fp16"),
     "gptq": ("int4:g64", "int8:g32,asym"),
     "awq": ("int4:g32,asym", "int4:g64"),

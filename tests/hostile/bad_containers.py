@@ -15,6 +15,7 @@ from nybble.errors import FileFormatError
 from nybble.files.safetensors import SafetensorsFile, write
 
 Q = f"{BLOCK}.self_attn.q_proj"
+SPARSE = "nybble-sparse"
 ABSENT = object()
 
 
@@ -154,6 +155,17 @@ NYBBLE: dict[str, tuple[Build, str]] = {
     "nybble, codes of another shape": (tensors("nybble", f"{Q}.weight.codes", lambda a: a[:-1]), f"{Q}.weight"),
     "nybble, a scale that is NaN": (tensors("nybble", f"{Q}.weight.scale", at_first(float("nan"))), f"{Q}.weight"),
     "nybble, a scale that is infinite": (tensors("nybble", f"{Q}.weight.scale", at_first(float("inf"))), f"{Q}.weight"),
+    "nybble-sparse, a mask that keeps more": (tensors(SPARSE, f"{Q}.weight.mask", at_first(255)), "kept is uint8"),
+    "nybble-sparse, a mask of another shape": (tensors(SPARSE, f"{Q}.weight.mask", lambda a: a[:-1]), "mask is uint8"),
+    "nybble-sparse, a mask of another type": (tensors(SPARSE, f"{Q}.weight.mask", lambda a: a.view(np.int8)), "mask is int8"),
+    "nybble-sparse, too few codes": (tensors(SPARSE, f"{Q}.weight.kept", lambda a: a[:-1]), "kept is uint8"),
+    "nybble-sparse, no codes": (tensors(SPARSE, f"{Q}.weight.kept", gone), f"lacks tensor '{Q}.weight.kept'"),
+    "nybble-sparse, no mask": (tensors(SPARSE, f"{Q}.weight.mask", gone), f"lacks tensor '{Q}.weight.codes'"),
+    "nybble-sparse, a scale that is NaN": (tensors(SPARSE, f"{Q}.weight.scale", at_first(float("nan"))), "are not finite"),
+    "nybble-sparse, a format that nobody knows": (
+        quantized(SPARSE, lambda s: s["tensors"][f"{Q}.weight"].update(format="evil")),
+        "unknown format 'evil'",
+    ),
     "nybble, a provenance that is not JSON": (metadata("{"), "its provenance is not JSON"),
     "nybble, a provenance that nests 100,000 deep": (metadata("[" * 100_000), "its provenance"),
 }

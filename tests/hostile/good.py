@@ -54,6 +54,7 @@ OTHERS: dict[str, tuple[int, ...]] = {
 VARIANTS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
     "float": ("float", (), {}),
     "nybble": ("nybble", ("int4:g32", "nf4:g64,dq", "int8:channel", "int3:g32,asym", "q4_0", "q5_1", "mxfp4"), {}),
+    "nybble-sparse": ("nybble-sparse", ("int4:g32", "fp16", "int8:channel"), {}),
     "gptq": ("gptq", ("int4:g32",), {}),
     "gptq-v2": ("gptq", ("int3:g32,asym",), {"checkpoint_format": "gptq_v2"}),
     "awq": ("awq", ("int4:g32,asym",), {}),
@@ -71,15 +72,16 @@ def weights(seed: int = 0) -> dict[str, np.ndarray]:
     return {name: (rng.standard_normal(shape) * 0.1).astype(np.float16) for name, shape in {**LINEARS, **OTHERS}.items()}
 
 
-def contents(formats: Sequence[str] = (), layers: int = len(LINEARS)) -> Contents:
-    """The small model, its layers in these formats in turn; with fewer `layers` it is no whole model."""
+def contents(formats: Sequence[str] = (), layers: int = len(LINEARS), pruned: bool = False) -> Contents:
+    """The small model, its layers in these formats in turn; with fewer `layers` it is no whole model. `pruned`: most are zero."""
     floats = weights()
     for name in list(LINEARS)[layers:]:
         del floats[name]
     packed: dict[str, QTensor] = {}
     for i, name in enumerate(list(LINEARS)[:layers] if formats else ()):
         fmt = parse_format(formats[i % len(formats)])
-        packed[name] = QTensor(fmt, *fmt.round(floats.pop(name).astype(np.float32)))
+        weight = floats.pop(name).astype(np.float32)
+        packed[name] = QTensor(fmt, *fmt.round(weight * (np.abs(weight) > 0.1) if pruned else weight))
     return Contents(
         container="float",
         path=Path(),
@@ -96,7 +98,7 @@ def write_folder(folder: Path, variant: str = "float", layers: int = len(LINEARS
     """A valid folder of a container."""
     container, formats, options = VARIANTS[variant]
     module = find_container(container)
-    model = contents(formats, layers)
+    model = contents(formats, layers, pruned=variant == "nybble-sparse")
     settle = getattr(module, "settle", None)
     if settle is not None:
         read = model.read_packed

@@ -37,6 +37,7 @@ VERBS = (
     "generate",
     "bench",
     "train",
+    "prune",
 )
 """Each is the module of its name, with NAME, HELP and run; `--help` lists them in this order."""
 

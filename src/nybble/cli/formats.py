@@ -183,7 +183,7 @@ def _where(each: Explanation) -> str:
     keeping = [name for name in names if each.spec in find_container(name).candidates(fmt, SHAPE, "linear")]
     if keeping == names:
         return "all containers"
-    return ", ".join(name for name in keeping if name != "nybble") or "nybble only"
+    return ", ".join(name for name in keeping if not name.startswith("nybble")) or "nybble only"
 
 
 def _facts(each: Explanation) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def _inspect(path: Path) -> dict[str, Any]:
     tensors = []
     for name, (spec, shape) in contents.packed.items():
         scheme = contents.schemes.get(name)
-        tensors.append(_row(name, spec, shape, (parse_format(spec).stored_bits(shape) + (scheme.bits if scheme else 0)) // 8))
+        taken = (parse_format(spec).stored_bits(shape) + (scheme.bits if scheme else 0)) // 8
+        tensors.append(_row(name, spec, shape, contents.sizes.get(name, taken)))
         tensors[-1]["activations"] = str(scheme) if scheme else None
     for name, (tag, size) in contents.floats.items():
         tensors.append(_row(name, tag, size, _product(size) * np.dtype(DTYPES[tag]).itemsize))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,30 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
 ) -> None:
     """Check that the output can be written, quantize, save."""
+    job = Job(model, output, to, method, tuple(keep or ()), tuple(rule or ()), calibrate, windows, window, by_document, seed)
+    carry_out(job, file, option or [], layers, force)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be made of what: options of this verb and of `prune`."""
+
+    model: str
+    output: Path
+    to: str | None
+    """Format; None: the float type that the model is stored in."""
+    method: str
+    keep: tuple[str, ...]
+    rule: tuple[str, ...]
+    calibrate: str | None
+    windows: int
+    window: int | None
+    by_document: bool
+    seed: int
+
+
+def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force: bool) -> None:
+    """Quantize and save; say what it takes on disk."""
     from nybble.calibrate.source import read_calibration
     from nybble.containers.saving import check_target, container_of
     from nybble.convert import convert, stay_float
@@ -61,18 +86,21 @@ def run(
     from nybble.models.hub import resolve
     from nybble.plan import Recipe, canonical
 
-    canonical(to)
-    container = container_of(output, file)
-    options = console.parse_options(option or ())
-    wanted = parse_method(method)
-    if wanted.settings.calibrated and calibrate is None:
+    if job.to is not None:
+        canonical(job.to)
+    output, container = job.output, container_of(job.output, file)
+    options = console.parse_options(option)
+    wanted = parse_method(job.method)
+    if wanted.settings.calibrated and job.calibrate is None:
         raise wanted.lacks_calibration()
     check_target(container, output, force, options)
-    calibration = None if calibrate is None else read_calibration(calibrate)
-    rules = console.parse_rules(rule or ())
-    folder = resolve(model, download=True)
-    check_float(open_checkpoint(folder))
-    keep = [*(keep or ()), *stay_float(folder, container, Recipe(to, method, tuple(keep or ()), tuple(rules)))]
+    calibration = None if job.calibrate is None else read_calibration(job.calibrate)
+    rules = console.parse_rules(job.rule)
+    folder = resolve(job.model, download=True)
+    checkpoint = open_checkpoint(folder)
+    check_float(checkpoint)
+    to = job.to or {"F16": "fp16", "BF16": "bf16"}.get(checkpoint.float_tag, "fp32")
+    keep = [*job.keep, *stay_float(folder, container, Recipe(to, job.method, job.keep, tuple(rules)))]
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.run import quantize
@@ -80,15 +108,15 @@ def run(
         quantized = quantize(
             folder,
             to,
-            method,
+            job.method,
             calibration,
             keep,
             rules,
             progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
-            windows=windows,
-            window=window,
-            seed=seed,
-            packing=not by_document,
+            windows=job.windows,
+            window=job.window,
+            seed=job.seed,
+            packing=not job.by_document,
         )
         if container != "nybble":
             written = convert(quantized.contents(), output, container, options=options, force=force)

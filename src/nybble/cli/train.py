@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nybble.train.settings import Settings
 
 NAME = "train"
+STDLIB = "stdlib"
 HELP = """Train a language model, from scratch or from one that is there, in fp32, bf16 or fp16.
 
 \b
@@ -30,7 +31,9 @@ The same command again goes on where a run stopped.
 
 def run(
     model: Annotated[str | None, typer.Argument(help="Model folder or hub name to begin with.")] = None,
-    text: Annotated[Path | None, typer.Option(help="Text to learn from: file (.txt, .json, .jsonl) or folder.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text to learn from: file (.txt, .json, .jsonl), folder, or stdlib: this Python's library.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to make, or to go on in.")] = None,
     shape: Annotated[str | None, typer.Option(help="Random weights instead: gpt2-6m, llama-6m, gpt2, ... or FILE.json.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Model folder or hub name whose tokenizer a new model takes.")] = None,
@@ -41,6 +44,7 @@ def run(
     micro: Annotated[int | None, typer.Option(help="Windows of one pass; gradients of several are summed.")] = None,
     window: Annotated[int, typer.Option(help="Tokens of a window.")] = 256,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.001,
+    final_lr: Annotated[float, typer.Option(help="What is left of it in the last step, as a share.")] = 0.1,
     warmup: Annotated[int | None, typer.Option(help="Steps until it; default a fiftieth of all.")] = None,
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Largest norm of the gradients; 0: none.")] = 1.0,
@@ -55,7 +59,16 @@ def run(
     evaluate_every: Annotated[int, typer.Option(help="Steps between held-out losses; 0: at the end.")] = 100,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: at the end.")] = 100,
     qat: Annotated[str | None, typer.Option(help="Quantization-aware: the format of weights in every pass.")] = None,
-    qat_scales: Annotated[str, typer.Option(help="fit (the format's own, in every pass) or learned.")] = "fit",
+    qat_method: Annotated[
+        str, typer.Option(help="What it begins with, and what becomes of inputs: rtn, best, dynamic, best+static, ...")
+    ] = "rtn",
+    qat_scales: Annotated[
+        str | None,
+        typer.Option(
+            help="fit (the format's own, in every pass), fixed or learned; default learned where a method chooses them."
+        ),
+    ] = None,
+    qat_observe: Annotated[int, typer.Option(help="Steps in which static grids of inputs follow what they see.")] = 0,
     keep: Annotated[list[str] | None, typer.Option(help="Weights that stay in float with --qat. Repeatable.")] = None,
     rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights with --qat. Repeatable.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Model whose predictions are learnt instead of the text.")] = None,
@@ -69,6 +82,8 @@ def run(
 ) -> None:
     """Read the text, begin or go on, save, report."""
     from nybble.errors import UsageError
+    from nybble.methods import parse_method
+    from nybble.train.qat import chooses
     from nybble.train.settings import Settings
 
     if text is None or output is None:
@@ -82,6 +97,7 @@ def run(
         micro=min(micro or batch, batch),
         window=window,
         learning_rate=lr,
+        final=final_lr,
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,
@@ -93,15 +109,17 @@ def run(
         evaluate_every=evaluate_every,
         save_every=save_every,
         qat=qat,
-        qat_scales=qat_scales,
+        qat_method=str(parse_method(qat_method)),
+        qat_scales=qat_scales or ("learned" if chooses(qat_method) else "fit"),
+        qat_observe=qat_observe,
         keep=tuple(keep or ()),
         rules=tuple(console.parse_rules(rule or ())),
         share=share,
         temperature=temperature,
     )
     settings.check()
-    if qat is None and (keep or rule or qat_scales != "fit"):
-        raise UsageError("--keep, --rule and --qat-scales say what --qat FORMAT does; give it")
+    if qat is None and (keep or rule or qat_scales or qat_method != "rtn" or qat_observe):
+        raise UsageError("--keep, --rule and all of --qat-... say what --qat FORMAT does; give it")
     if threads is not None:
         import torch
 
@@ -112,7 +130,7 @@ def run(
 
 
 def _train(
-    model: str | None, shape: str | None, tokenizer: str | None, vocabulary: int, text: Path, held_out: Path | None,
+    model: str | None, shape: str | None, tokenizer: str | None, vocabulary: int, text: str, held_out: Path | None,
     settings: Settings, output: Path, device: str | None, restart: bool, teacher: str | None, layers: int | None,
 ) -> None:  # fmt: skip
     from nybble.errors import InputError
@@ -120,14 +138,12 @@ def _train(
     from nybble.models.loading import load_model, load_tokenizer
     from nybble.report.training import write_training_report
     from nybble.train import session, start
-    from nybble.train.data import read_text_tree
     from nybble.train.distill import fewer_layers
     from nybble.train.world import join
 
     if shape is not None:
         start.check_shape(shape)
-    documents = read_text_tree(text)
-    measured = None if held_out is None else read_text_tree(held_out)
+    documents, measured = _texts(text, held_out)
     with join(device) as world, console.progress() as bar:
         session.check_folder(output)
         head = "" if world.first else None
@@ -159,8 +175,12 @@ def _train(
             if step.held_out is not None:
                 bar.remark(f"step {step.step}: loss {step.loss:.4f}, held out {step.held_out:.4f}")
 
+        def progress(what: str, done: int, total: int) -> None:
+            if head is not None:
+                bar.update(head, what, done / max(1, total))
+
         try:
-            trained = session.train(begin, documents, measured, settings, output, world, judge, watch, begun, restart)
+            trained = session.train(begin, documents, measured, settings, output, world, judge, watch, begun, restart, progress)
         except KeyboardInterrupt:
             bar.remark(f"stopped; the same command goes on from {output / session.TRAINING / session.CHECKPOINTS}")
             raise
@@ -170,3 +190,14 @@ def _train(
     path = [trained.before, *([] if trained.rounded is None else [trained.rounded]), trained.after]
     words = " -> ".join(f"{loss:.4f}" for loss in path)
     typer.echo(f"{output}: held-out loss {words} nats per token{'' if trained.rounded is None else ' (float, rounded, trained)'}")
+
+
+def _texts(text: str, held_out: Path | None) -> tuple[list[str], list[str] | None]:
+    """(documents to learn from, documents to measure on or None: part of the first)."""
+    from nybble.demo import text as library
+    from nybble.train.data import read_text_tree
+
+    measured = None if held_out is None else read_text_tree(held_out)
+    if text == STDLIB:
+        return library.training_documents(), measured or library.held_out_documents()
+    return read_text_tree(text), measured

@@ -55,6 +55,8 @@ class Contents:
     """How it was made, where the file says."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Facts of the container itself that `inspect` shows: version, checkpoint format, metadata."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that a packed weight takes in the file, where that is not what its format stores."""
     bytes: int = 0
     """Of the file, or of all files with weights."""
 

@@ -28,6 +28,10 @@ CALIBRATION_CHARACTERS = 600_000
 def held_out_documents() -> list[str]:
     """Held-out modules in sorted order, then every tenth pydoc topic. InputError when this Python has no sources."""
     folder = _library()
+    return [_document(folder, path) for path in _held_out_paths(folder)] + _topics()
+
+
+def _held_out_paths(folder: Path) -> list[Path]:
     paths: list[Path] = []
     for name in HELD_OUT:
         package = folder / name
@@ -36,7 +40,7 @@ def held_out_documents() -> list[str]:
             paths += sorted(inside, key=lambda p: p.relative_to(folder).as_posix())
         else:
             paths.append(folder / f"{name}.py")
-    return [_document(folder, path) for path in paths] + _topics()
+    return paths
 
 
 def held_out_text() -> str:
@@ -51,6 +55,23 @@ def evaluation_text() -> str:
     line ends more per document.
     """
     return END_OF_TEXT.join(held_out_documents())
+
+
+def training_documents() -> list[str]:
+    """All that the model that ships learnt from: every module that is not held out, tests among them, and the other pydoc topics.
+    Files that are not UTF-8 are left out. InputError when this Python has no sources."""
+    folder = _library()
+    held = set(_held_out_paths(folder))
+    paths = (path for path in folder.rglob("*.py") if not {"site-packages", "dist-packages"} & set(path.parts))
+    documents = []
+    for path in sorted(set(paths) - held, key=lambda p: p.relative_to(folder).as_posix()):
+        try:
+            documents.append(_document(folder, path))
+        except InputError:
+            continue
+    if not documents:
+        raise InputError(_missing(folder / "abc.py"))
+    return documents + _topics(learnt=True)
 
 
 def calibration_text() -> str:
@@ -85,12 +106,13 @@ def _document(folder: Path, path: Path) -> str:
     return f"# {path.relative_to(folder).as_posix()}\n{source}"
 
 
-def _topics() -> list[str]:
+def _topics(learnt: bool = False) -> list[str]:
+    """The pydoc topics that are held out, or those that are not."""
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics
     except (ImportError, AttributeError) as error:
         raise InputError("this Python has no pydoc topics (pydoc_data); give a text with --text FILE") from error
-    return [topics[name] for name in sorted(topics)[::TOPIC_STEP]]
+    return [topics[name] for place, name in enumerate(sorted(topics)) if (place % TOPIC_STEP > 0) == learnt]
 
 
 def _missing(path: Path) -> str:

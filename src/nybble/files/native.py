@@ -71,20 +71,25 @@ class NativeFile:
         scales that are not: they would make every product with the weight one that is none."""
         spec, shape = self.packed[name]
         found = {suffix: self.file.read(f"{name}.{suffix}") for suffix in parse_format(spec).storage(shape)}
-        for suffix, array in found.items():
-            if suffix == "exponent" and array.dtype == np.uint8:
-                bad = int((array > LARGEST_EXPONENT).sum())
-            elif suffix != "values" and array.dtype.kind == "f":
-                bad = not_finite(array)
-            else:
-                continue
-            if bad:
-                raise FileFormatError(f"{self.file.path}: tensor {shown(name)}: {bad} of {array.size} {suffix} are not finite")
+        check_numbers(self.file, name, found)
         return found
 
     def read_all(self) -> dict[str, QTensor]:
         """Every packed tensor, by name."""
         return {name: self.read(name) for name in self.packed}
+
+
+def check_numbers(file: SafetensorsFile, name: str, stored: Mapping[str, NDArray[Any]]) -> None:
+    """Raise FileFormatError for scales of a packed tensor that are no numbers."""
+    for suffix, array in stored.items():
+        if suffix == "exponent" and array.dtype == np.uint8:
+            bad = int((array > LARGEST_EXPONENT).sum())
+        elif suffix != "values" and array.dtype.kind == "f":
+            bad = not_finite(array)
+        else:
+            continue
+        if bad:
+            raise FileFormatError(f"{file.path}: tensor {shown(name)}: {bad} of {array.size} {suffix} are not finite")
 
 
 def write_native(

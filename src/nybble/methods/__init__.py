@@ -48,9 +48,19 @@ class Method:
             f"let the model write it (--calibrate self), or use {instead}, which needs none"
         )
 
-    def quantize(self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None) -> QTensor:
+    def quantize(
+        self, weight: np.ndarray[Any, Any], fmt: Format, importance: np.ndarray[Any, Any] | None = None, prune: bool = False
+    ) -> QTensor:
         """QTensor of a float32 weight [N, K], rounded to nearest: what a method does where no Hessian is known.
-        `importance`, float32 [K], weighs the columns in a search. Raises NumericError as the format does."""
+        `importance`, float32 [K], weighs the columns in a search; with `prune` weights become zero by their magnitude, if the
+        method has any become so. Raises NumericError as the format does."""
+        if prune and self.settings.prunes:
+            import torch  # not for names and settings
+
+            from nybble.methods.steps.masks import check_zero, kept_in_matrix
+
+            check_zero(fmt)
+            weight = weight * kept_in_matrix(torch.from_numpy(np.abs(weight)), self.settings).numpy()
         if self.settings.scales == "range" and importance is None:
             return QTensor(fmt, *fmt.round(weight))
         params = fit_params(fmt, weight, self.settings.scales, importance)

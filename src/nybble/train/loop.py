@@ -22,7 +22,7 @@ from nybble.models.loading import evaluating
 from nybble.train import checkpoints
 from nybble.train.data import Text
 from nybble.train.optimizers import make_optimizer
-from nybble.train.precision import computing, scaler_of
+from nybble.train.precision import computing, multiplying, scaler_of
 from nybble.train.settings import Settings
 from nybble.train.world import World
 
@@ -191,8 +191,9 @@ class Trainer:
         for i, part in enumerate(parts):
             ids = torch.from_numpy(part).to(self.world.device)
             alone = self.world.size > 1 and i + 1 < len(parts)  # only the last pass meets the other processes
-            with self.parallel.no_sync() if alone else nullcontext():  # type: ignore[operator]
-                with computing(self.settings.precision, self.world.device):
+            precision, device = self.settings.precision, self.world.device
+            with self.parallel.no_sync() if alone else nullcontext(), multiplying(precision, device):  # type: ignore[operator]
+                with computing(precision, device):
                     loss = self.loss(self.parallel, ids) / len(parts)
                 self.scaler.scale(loss).backward()
             total += float(loss.detach())

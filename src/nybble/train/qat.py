@@ -1,19 +1,17 @@
 """Quantization-aware training: prepare, train, convert.
 
-Every weight that a plan packs is replaced, wherever it is used, by what it will be once it is quantized: the same format object
-fits, encodes and decodes it in every pass. Rounding has no slope, so gradients go through it as if it were not there (the
-straight-through estimator, Bengio et al. 2013); they move the float weight behind. Two ways to scales:
-
-    fit       the format's own fit to the float weight, anew in every pass
-    learned   scales move by gradients of their own (LSQ, Esser et al. 2020, section 2.1), from those of least squared error:
-              ds = sum over a block of gradient * (level - w / s; beyond the last level: that level), and weights beyond the
-              last level have no gradient. A scale is its first value times e^move, so that steps are relative.
+Every weight that a plan packs is replaced, wherever it is used, by what it will be once it is quantized: the format object that
+quantizes finished models fits, encodes and decodes it in every pass (fake.py). Where the plan's method rounds inputs too, they
+are rounded in the same pass. Training may begin from what a method chose: then every weight begins with its code, and as far
+towards where the method would rather have it as leaves it there.
 
 `convert` packs the codes and params of the last pass: decoded they equal the weights trained with, to the bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,84 +21,53 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nybble.errors import NumericError, UsageError, unknown_name
-from nybble.formats import Format, QTensor, parse_format
+from nybble.formats import QTensor, parse_format
+from nybble.formats.activations import Activations
+from nybble.formats.base import spread
 from nybble.formats.codebook import Codebook
 from nybble.formats.integer import Integer
 from nybble.methods import parse_method
-from nybble.methods.steps.fitting import fit_params
 from nybble.models.describe import describe, sites
-from nybble.models.float_weights import float_weight, turned
+from nybble.models.float_weights import put_weight
 from nybble.models.replace import replace_weights
 from nybble.plan import Plan, Recipe, make_plan
+from nybble.run import quantize_by_plan
+from nybble.train.fake import SCALES, FakeInputs, FakeQuantized
 
-SCALES = ("fit", "learned")
-ROUNDING = parse_method("rtn")
-
-
-class FakeQuantized(nn.Module):
-    """What a weight becomes in a forward pass. Holds the moves of learned scales."""
-
-    def __init__(self, fmt: Format, layer: nn.Module, scales: str) -> None:
-        super().__init__()
-        self.format, self.layer_is_turned = fmt, turned(layer, torch.empty(1, 2)).shape[0] == 2
-        self.first: NDArray[np.float64] | None = None
-        self.offset: NDArray[np.float64] | None = None
-        self.move: nn.Parameter | None = None
-        if scales == "learned":
-            scale, offset = fmt.grid(fit_params(fmt, float_weight(layer), "search"))
-            self.first = scale.astype(np.float64)
-            self.offset = None if offset is None else offset.astype(np.float64)
-            self.move = nn.Parameter(torch.zeros(scale.shape))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The weight as it is decoded, in the layer's own orientation."""
-        rows = weight.T if self.layer_is_turned else weight
-        rounded: Tensor = _Round.apply(rows, self.move, self)
-        return rounded.T if self.layer_is_turned else rounded
-
-    def quantize(self, weight: NDArray[np.float32]) -> QTensor:
-        """Codes and params of a weight [N, K] as they are now. Raises NumericError for one that is not finite."""
-        if self.move is None or self.first is None:
-            return ROUNDING.quantize(weight, self.format, None)
-        scale = self.first * np.exp(self.move.detach().double().cpu().numpy())
-        params = self.format.from_grid(scale, self.offset)
-        return QTensor(self.format, self.format.encode(weight, params), params)
+BESIDE = 0.45
+"""A weight begins at most so far from its code, in steps between levels: any further, and its first move would change it."""
+INPUTS = "fake_inputs"
 
 
-class _Round(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, move: Tensor | None, fake: FakeQuantized) -> Tensor:
-        values = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-        tensor = fake.quantize(values)
-        decoded = torch.from_numpy(tensor.decode()).to(weight.device, weight.dtype)
-        ctx.learned = move is not None
-        if move is not None:
-            scale, offset = (None if part is None else np.asarray(part, np.float32) for part in fake.format.grid(tensor.params))
-            ctx.block, levels = fake.format.block(weight.shape[1]), fake.format.levels
-            ctx.ends = float(levels.min()), float(levels.max())
-            grids = [None if part is None else torch.from_numpy(part).to(weight.device) for part in (scale, offset)]
-            ctx.save_for_backward(weight.detach(), decoded, *grids)
-        return decoded
+@dataclass(frozen=True)
+class Beginning:
+    """Where QAT begins: the recipe, and how its method comes to codes and scales."""
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        if not ctx.learned:
-            return gradient, None, None
-        weight, decoded, scale, offset = ctx.saved_tensors
-        columns, blocks = weight.shape[1], scale.shape[1]
+    recipe: Recipe
+    scales: str = "fit"
+    """`fit`, `fixed` or `learned`, see fake.py."""
+    windows: NDArray[np.integer[Any]] | None = None
+    """Calibration windows [windows, tokens] of a method that reads any."""
+    observe: int = 0
+    """Training passes in which static grids of inputs follow what they see."""
+    restored: bool = False
+    """What the method would choose comes from a checkpoint: nothing is chosen."""
 
-        def wide(grid: Tensor) -> Tensor:
-            return grid.repeat_interleave(ctx.block, 1)[:, :columns] if blocks > 1 else grid
+    def check(self) -> None:
+        """Raise UsageError for what cannot be."""
+        if self.scales not in SCALES:
+            raise unknown_name("way to scales", self.scales, SCALES)
+        method = parse_method(self.recipe.method)
+        if self.scales == "fit" and chooses(self.recipe.method):
+            raise UsageError(f"method {method} chooses scales: train them (learned) or leave them (fixed), not fit")
+        if self.observe and method.settings.activations != "static":
+            raise UsageError(f"nothing to observe: method {method} has no static activations; give static, or best+static")
 
-        level = weight / torch.where(wide(scale) == 0, 1.0, wide(scale)) + (0.0 if offset is None else wide(offset))
-        inside = (level >= ctx.ends[0]) & (level <= ctx.ends[1])
-        slope = gradient * torch.where(inside, decoded - weight, decoded)  # of ln(scale): s * d/ds
-        if blocks > 1:
-            slope = torch.nn.functional.pad(slope, (0, blocks * ctx.block - columns))
-        move = slope.reshape(len(slope), blocks, -1).sum(2)
-        if scale.shape[0] == 1:
-            move = move.sum(0, keepdim=True)
-        return gradient * inside, move, None
+
+def chooses(method: str) -> bool:
+    """Whether a method does more to weights than round them to nearest."""
+    settings = parse_method(method).settings
+    return settings.blockwise or settings.scales != "range"
 
 
 def prepare(
@@ -110,28 +77,45 @@ def prepare(
     rules: tuple[tuple[str, str], ...] = (),
     scales: str = "fit",
 ) -> Plan:
-    """Make a float model compute with weights in their formats from now on; returns the plan that says which.
+    """`prepare_from` plain rounding."""
+    return prepare_from(model, Beginning(Recipe(format, "rtn", keep, rules), scales))
 
-    Raises UsageError for a format that is a cast, for learned scales of a format whose scales are shared (ggml's runs), and as
-    `make_plan` does.
+
+def prepare_from(model: nn.Module, begin: Beginning, progress: Callable[[str, int, int], None] | None = None) -> Plan:
+    """Make a float model compute with weights (and inputs) in their formats from now on; returns the plan that says which.
+
+    Biases and norms that the method moves are moved. Raises UsageError for a format that is a cast, for learned scales of a
+    format whose scales are shared (ggml's runs), and as `make_plan` and the method do.
     """
-    if scales not in SCALES:
-        raise unknown_name("way to scales", scales, SCALES)
-    plan = make_plan(describe(model), Recipe(format, "rtn", keep, rules))
+    begin.check()
+    recipe = begin.recipe
+    plan = make_plan(describe(model), recipe)
     if plan.is_cast:
-        raise UsageError(f"{format} is a cast: train with --precision and convert the result; QAT takes int4:g64, nf4, q4_k, ...")
-    known = sites(model)
-    for row in plan.packed:
-        fmt = parse_format(row.format or "")
+        raise UsageError(
+            f"{recipe.format} is a cast: train with --precision and convert the result; QAT takes int4:g64, nf4, q4_k, ..."
+        )
+    formats = {row.tensor.name: parse_format(row.format or "") for row in plan.packed}
+    for fmt in formats.values():
         alone = isinstance(fmt, Integer) or (isinstance(fmt, Codebook) and not fmt.double_quantized)
-        if scales == "learned" and not (alone or fmt.is_cast):
-            raise UsageError(f"scales of {fmt} cannot be learned one by one; leave --qat-scales at fit")
-        owner, *others = known[row.tensor.name].modules
-        fake = FakeQuantized(fmt, owner, "fit" if fmt.is_cast else scales)  # where a mix falls back to floats
+        if begin.scales == "learned" and not (alone or fmt.is_cast):
+            raise UsageError(f"scales of {fmt} cannot be learned one by one; leave --qat-scales at fit, or fixed")
+    known = sites(model)
+    chosen: dict[str, QTensor] = {}
+    if recipe.method != "rtn" and not begin.restored:
+        chosen = _choose(model, plan, begin, progress)
+    for row in plan.packed:
+        name, fmt = row.tensor.name, formats[row.tensor.name]
+        owner, *others = known[name].modules
+        first = chosen.get(name)
+        scales = "fit" if fmt.is_cast else begin.scales  # where a mix falls back to floats
+        fake = FakeQuantized(fmt, owner, scales, first)
         parametrize.register_parametrization(owner, "weight", fake)
         for other in others:
             parametrize.register_parametrization(other, "weight", fake)
             _list(other).original = _list(owner).original
+        if row.activations:
+            scheme = (first and first.activations) or _placeholder(row.activations, recipe.method)
+            _round_inputs(owner, FakeInputs(scheme, begin.observe))
     return plan
 
 
@@ -155,13 +139,18 @@ def convert(model: nn.Module) -> dict[str, QTensor]:
     for name, (module, fake) in prepared(model).items():
         latent = _list(module).original.detach().float().cpu()
         rows = latent.T if fake.layer_is_turned else latent
+        inputs = getattr(module, INPUTS, None)
         try:
-            tensors[name] = fake.quantize(np.ascontiguousarray(rows.numpy()))
+            tensor = fake.quantize(np.ascontiguousarray(rows.numpy()))
         except NumericError as error:
             raise NumericError(f"{name}: {error}") from error
+        tensors[name] = tensor if inputs is None else replace(tensor, activations=inputs.activations())
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        if isinstance(getattr(module, INPUTS, None), FakeInputs):
+            getattr(module, INPUTS).hook.remove()
+            delattr(module, INPUTS)
     replace_weights(model, tensors)
     return tensors
 
@@ -169,6 +158,57 @@ def convert(model: nn.Module) -> dict[str, QTensor]:
 def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The moves of learned scales, which no decay should draw anywhere."""
     return [fake.move for _, fake in prepared(model).values() if fake.move is not None]
+
+
+def _choose(model: Any, plan: Plan, begin: Beginning, progress: Callable[[str, int, int], None] | None) -> dict[str, QTensor]:
+    """What the method chooses, by name; weights begin beside their codes, and floats that it moved are moved."""
+    aims: dict[str, NDArray[np.float32]] = {}
+    places: dict[str, NDArray[np.float32]] = {}
+
+    def observe(name: str, weight: NDArray[np.float32], tensor: QTensor) -> None:
+        aims[name] = places[name] if name in places else beside(weight, tensor)
+
+    was_training = model.training
+    quantized = quantize_by_plan(model.eval(), plan, begin.windows, progress=progress, observe=observe, places=places)
+    model.train(was_training)
+    known = sites(model)
+    with torch.no_grad():
+        for name in quantized.changed - quantized.tensors.keys():
+            model.get_parameter(name).copy_(quantized.model().get_parameter(name))
+    if chooses(begin.recipe.method):
+        for name, aim in aims.items():
+            put_weight(known[name].modules[0], aim)
+    return dict(quantized.tensors)
+
+
+def beside(weight: NDArray[np.float32], tensor: QTensor) -> NDArray[np.float32]:
+    """float32 [N, K]: the value of each code, moved towards the weight as far as leaves the code the nearest."""
+    fmt, columns = tensor.format, tensor.shape[1]
+    decoded = tensor.decode()
+    if fmt.is_cast:
+        return decoded
+    levels = np.unique(fmt.levels)
+    gaps = np.full(len(levels), np.inf, np.float32)
+    gaps[:-1] = np.diff(levels)
+    gaps[1:] = np.minimum(gaps[1:], np.diff(levels))
+    step = gaps[np.searchsorted(levels, fmt.levels)][tensor.codes] * np.abs(
+        spread(fmt.grid(tensor.params)[0], columns, fmt.block(columns))
+    )
+    room: NDArray[np.float32] = (BESIDE * step).astype(np.float32)
+    return decoded + np.clip(weight - decoded, -room, room)
+
+
+def _placeholder(scheme: str, method: str) -> Activations:
+    return Activations(scheme, threshold=parse_method(method).settings.threshold if scheme == "outliers" else 0.0)
+
+
+def _round_inputs(layer: nn.Module, fake: FakeInputs) -> None:
+    layer.add_module(INPUTS, fake)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (fake(args[0]), *args[1:])
+
+    fake.hook = layer.register_forward_pre_hook(hook)  # type: ignore[assignment]  # a handle, for convert
 
 
 def _list(module: nn.Module) -> Any:

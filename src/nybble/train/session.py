@@ -15,16 +15,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nybble.calibrate.windows import token_windows
+from nybble.calibrate.windows import calibration_windows, token_windows
 from nybble.errors import InputError, OutputError, UsageError
 from nybble.files.folder import new_folder
+from nybble.methods import parse_method
 from nybble.models.loading import quiet
-from nybble.plan import Plan
+from nybble.plan import Plan, Recipe
 from nybble.quantized import Quantized
+from nybble.train import checkpoints
 from nybble.train.data import Text, hold_back, join_tokens
 from nybble.train.distill import check_teacher, distillation_loss
 from nybble.train.loop import CHECKPOINTS, LOG, Loss, Step, Trainer, held_out_loss, language_loss, read_log
-from nybble.train.qat import convert, prepare
+from nybble.train.qat import Beginning, convert, prepare_from
 from nybble.train.settings import Settings
 from nybble.train.start import Start
 from nybble.train.world import World
@@ -46,7 +48,7 @@ class Trained:
     before: float
     """Held-out loss of the model that training began with, nats per token."""
     rounded: float | None
-    """The same with its weights rounded, before the first step, where they are trained so."""
+    """The same with its weights rounded (by QAT's method), before the first step, where they are trained so."""
     after: float
     tokens: int
     """Of the text that was learnt from."""
@@ -85,11 +87,13 @@ def train(
     watch: Callable[[Step], None] = lambda step: None,
     begun: Callable[[Trainer, int], None] = lambda trainer, done: None,
     restart: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Trained:
     """Train a model and save it in `output`; a run that is there goes on where it stopped.
 
     `held_out` is measured on; without it every twentieth document (or the end of each) is held back. `begun` is told the steps
-    that are done before any further. With `restart` a run that is there is forgotten, once nothing can be wrong any more. Raises
+    that are done before any further, `progress` how far a method is that chooses where QAT begins. With `restart` a run that is
+    there is forgotten, once nothing can be wrong any more. Raises
     UsageError, InputError, NumericError, OutputError.
     """
     if settings.window > start.context:
@@ -113,7 +117,10 @@ def train(
     measure = partial(held_out_loss, start.model, windows, settings.micro, world.device)
     known = {} if restart else _known(training, facts)
     before = known.get("before") or measure()
-    plan = prepare(start.model, settings.qat, settings.keep, settings.rules, settings.qat_scales) if settings.qat else None
+    restored = not restart and checkpoints.newest(training / CHECKPOINTS) is not None
+    begin = None if settings.qat is None else _beginning(start, text, settings, world, restored)
+    plan = None if begin is None else prepare_from(start.model, begin, progress)
+    start.model.to(world.device)
     rounded = (known.get("rounded") or measure()) if plan else None
     world.wait()
     if world.first:
@@ -132,6 +139,16 @@ def train(
     return Trained(output, steps, before, rounded, after, len(text.ids), parameters)
 
 
+def _beginning(start: Start, text: Text, settings: Settings, world: World, restored: bool) -> Beginning:
+    """Where QAT begins: its method, calibrated on windows of the text that is learnt from."""
+    recipe = Recipe(str(settings.qat), settings.qat_method, settings.keep, settings.rules)
+    windows = None
+    if parse_method(settings.qat_method).uses_calibration and not restored:
+        windows = calibration_windows(text.ids.astype(np.int64), start.context, seed=settings.seed)
+    observe = settings.qat_observe * settings.passes(world.size)
+    return Beginning(recipe, settings.qat_scales, windows, observe, restored)
+
+
 def _save_packed(start: Start, output: Path, plan: Plan) -> None:
     """Convert a model that was trained with rounded weights, and put it into the output folder."""
     convert(start.model.cpu())
@@ -139,7 +156,8 @@ def _save_packed(start: Start, output: Path, plan: Plan) -> None:
         "nybble": __version__,
         "torch": torch.__version__,
         "format": plan.recipe.format,
-        "method": "qat",
+        "method": plan.recipe.method,
+        "trained": "qat",
         "keep": list(plan.recipe.keep),
         "rules": [list(rule) for rule in plan.recipe.rules],
         "plan_hash": plan.hash,

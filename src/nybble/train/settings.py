@@ -49,8 +49,12 @@ class Settings:
     """Steps between checkpoints; 0: none before the end."""
     qat: str | None = None
     """Format that weights have in every pass (quantization-aware training), and that the result is saved in."""
+    qat_method: str = "rtn"
+    """What chooses the codes and scales that it begins with, and what becomes of inputs: a method's spec."""
     qat_scales: str = "fit"
-    """`fit` or `learned`, see qat.py."""
+    """`fit`, `fixed` or `learned`, see fake.py."""
+    qat_observe: int = 0
+    """Steps in which static grids of inputs follow what they see."""
     keep: tuple[str, ...] = ()
     rules: tuple[tuple[str, str], ...] = ()
     """With `qat`, as in a recipe."""
@@ -61,6 +65,7 @@ class Settings:
     def check(self) -> None:
         """Raise UsageError for a value that makes no sense, saying which may be."""
         whole = {"steps": 1, "batch": 1, "micro": 1, "window": 2, "warmup": 0, "seed": 0, "evaluate_every": 0, "save_every": 0}
+        whole["qat_observe"] = 0
         for name, least in whole.items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value < 1 << 40:
@@ -76,6 +81,8 @@ class Settings:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
+        if self.qat_observe and self.gradient_checkpointing:
+            raise UsageError("gradient checkpointing passes inputs twice, and observers would see them twice: use one of the two")
         if self.warmup > self.steps:
             raise UsageError(f"warmup of {self.warmup} steps is longer than the run of {self.steps}")
 

@@ -20,7 +20,7 @@ class Chosen:
     """Codes and the grid they stand on, for some rows of a weight. All tensors are changed in place by the loops."""
 
     codes: Tensor
-    """uint8 [N, K]."""
+    """uint8 [N, K]; float64, the values themselves, of `Floats`."""
     scale: Tensor
     """float64 [N or 1, blocks], values that the format can store."""
     offset: Tensor | None
@@ -30,8 +30,13 @@ class Chosen:
 class Snap:
     """The nearest value that a format holds. Equal to the format's `encode`, but column by column and in float64."""
 
+    dtype = torch.uint8
+    zero: float
+    """The code of zero, where there is one."""
+
     def __init__(self, fmt: Format) -> None:
         levels = fmt.levels.astype(np.float64)
+        self.zero = int(np.argmin(np.abs(levels)))
         ascending, codes = np.unique(levels, return_index=True)  # of two equal levels (FP4's zeros) the first
         self.levels = torch.from_numpy(levels)
         self._ascending = torch.from_numpy(ascending)
@@ -57,6 +62,23 @@ class Snap:
         if offset is None:
             return level.mul_(scale)
         return level.mul_(scale).add_(offset) if self.shifted else level.sub_(offset).mul_(scale)
+
+
+class Floats(Snap):
+    """Floating formats while a weight is pruned: any value is its own code, and rounded to the format when all is done."""
+
+    dtype = torch.float64
+
+    def __init__(self) -> None:
+        self.zero, self.shifted = 0.0, False
+
+    def __call__(self, value: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        """The value."""
+        return value
+
+    def value(self, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+        """The codes: they are values. A copy, as of others."""
+        return codes.clone()
 
 
 def grid_of(fmt: Format, params: Params) -> Grid:

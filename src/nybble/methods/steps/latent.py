@@ -104,6 +104,12 @@ class Latent:
         values = self._levels().mul_(self._wide(self._stored_scale()))
         return values.add_(self._wide(self.offset)) if self.offset is not None and self.fmt.shifted else values
 
+    def place(self) -> Tensor:
+        """float32 [N, K]: where positions stand between the values of their codes, which stay the nearest."""
+        rank = self._ranks()
+        between = (self.positions - rank).clamp_(-BESIDE, BESIDE) * self.gaps[rank]
+        return self.value() + between * self._wide(self._stored_scale())
+
     def step(self, slope: Tensor, travel: float, gain: float, count: int) -> None:
         """Move down a slope, float32 [N, K]: positions by about `travel`, the outermost levels by their scale by about
         `gain`, both in levels. `count` is the number of this step, from 1."""

@@ -18,8 +18,9 @@ ENOUGH = 1e-3
 """A round that lowers a slab's loss by less than this share is the last."""
 
 
-def refine(target: Tensor, hessian: Tensor, fmt: Format, chosen: Chosen, rounds: int, snap: Snap) -> Chosen:
-    """A better choice for target rows, float64 [N, K], under a Hessian [K, K] without dead columns left zero."""
+def refine(target: Tensor, hessian: Tensor, fmt: Format, chosen: Chosen, rounds: int, snap: Snap, pruned: bool = False) -> Chosen:
+    """A better choice for target rows, float64 [N, K], under a Hessian [K, K] without dead columns left zero. Of weights that are
+    pruned, what is zero stays so."""
     columns = target.shape[1]
     block = fmt.block(columns)
     diagonal = hessian.diagonal().clone()
@@ -29,6 +30,7 @@ def refine(target: Tensor, hessian: Tensor, fmt: Format, chosen: Chosen, rounds:
     codes = chosen.codes.T.contiguous()  # [K, N]
     scale, offset = chosen.scale.clone(), None if chosen.offset is None else chosen.offset.clone()
     value = _values(codes, scale, offset, block, snap)
+    keep = codes != snap.zero if pruned else None
     goal = target.T.contiguous()
     before = float("inf")
     for _ in range(rounds):
@@ -44,8 +46,8 @@ def refine(target: Tensor, hessian: Tensor, fmt: Format, chosen: Chosen, rounds:
             o = None if offset is None else offset[:, min(at, scale.shape[1] - 1)]
             for first in range(start, stop, STRIP):
                 last = min(first + STRIP, stop)
-                _sweep(codes, value, slope, hessian, diagonal, live, first, last, s, o, snap)
-            if scales:
+                _sweep(codes, value, slope, hessian, diagonal, live, first, last, s, o, snap, keep)
+            if scales and snap.dtype is torch.uint8:
                 s, o = _move_grid(fmt, codes, value, slope, hessian, start, stop, s, o, snap)
                 scale[:, at] = s
                 if o is not None and offset is not None:
@@ -65,6 +67,7 @@ def _sweep(
     scale: Tensor,
     offset: Tensor | None,
     snap: Snap,
+    keep: Tensor | None,
 ) -> None:
     """One pass over the codes of some columns; slopes inside are kept up, those outside in one product at the end."""
     moved = torch.zeros((last - first, value.shape[1]), dtype=torch.float64)
@@ -76,6 +79,8 @@ def _sweep(
         new = snap.value(code, scale, offset)
         step = new - value[j]
         falls = step * (2 * slope[j] + diagonal[j] * step) < 0
+        if keep is not None:
+            falls &= keep[j]
         step = torch.where(falls, step, 0.0)
         codes[j] = torch.where(falls, code, codes[j])
         value[j] += step

@@ -40,6 +40,13 @@ class Settings:
     """Pull of that target towards the float weight, as a share of the mean diagonal."""
     fisher: int = 0
     """Draws of the gradient of the true Fisher information that weight every token; 0: all tokens count alike."""
+    mask: Literal["none", "magnitude", "activations", "feedback"] = "none"
+    """Which weights of linear layers inside the blocks become zero: none; those of the least magnitude; of the least magnitude
+    times root mean square of their input; or, when the loop with feedback comes to them, those that cost the least."""
+    sparsity: float = 0.5
+    """Share of them."""
+    pattern: Literal["free", "1of2", "2of4", "4of8"] = "free"
+    """Where they may lie: anywhere, or so that every run of columns keeps as many weights, whatever the share."""
     bias: bool = False
     """What rounding takes from the mean of a layer's outputs goes into its bias, and its codes are chosen for the rest."""
     refine: int = 0
@@ -78,6 +85,16 @@ class Settings:
         if not 0 <= self.smooth <= 1:
             raise UsageError(f"smooth is the exponent of the activations' range and lies between 0 and 1, not {self.smooth:g}")
 
+        if self.mask == "feedback" and not self.feedback:
+            raise UsageError("mask=feedback is chosen by the loop of feedback: leave that on, or take mask=activations")
+        if self.prunes and not 0 < self.sparsity < 1:
+            raise UsageError(f"sparsity is the share of weights that become zero, between 0 and 1, not {self.sparsity:g}")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether weights become zero."""
+        return self.mask != "none"
+
     @property
     def blockwise(self) -> bool:
         """Whether the model has to be walked block by block; else every weight is a matter of its own."""
@@ -91,7 +108,7 @@ class Settings:
     @property
     def hessian(self) -> bool:
         """Whether the inputs' second moments are needed."""
-        return self.feedback or self.refine > 0 or self.target > 0
+        return self.feedback or self.refine > 0 or self.target > 0 or self.mask == "activations"
 
     @property
     def calibrated(self) -> bool:
@@ -100,8 +117,8 @@ class Settings:
 
     def tunes(self, bits: int) -> bool:
         """Whether codes of so many bits are tuned. A step costs the same at every size, and what it can gain shrinks with the
-        error: a fourth with each bit."""
-        return (self.tune > 0 or self.block_tune > 0) and bits <= self.tune_bits
+        error: a fourth with each bit. Pruned weights are not: a zero would move too."""
+        return (self.tune > 0 or self.block_tune > 0) and bits <= self.tune_bits and not self.prunes
 
     @property
     def float_stream(self) -> bool:
