@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import nybble
 from nybble import cli
@@ -156,23 +158,32 @@ def test_killed_anywhere_it_goes_on(
 
 
 def test_two_processes_do_what_one_does(words: Path, model: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    shared = ["--text", str(words), "--steps", "6", "--lr", "0.003", *QUICK, "--micro", "2"]
-    logs = {}
-    for size in (1, 2):
-        output = tmp_path / str(size)
+    """Each with the whole model, or with a part of it; parts stop and go on too."""
+    shared = ["--text", str(words), "--lr", "0.003", "--warmup", "1", *QUICK, "--micro", "2"]
+    plain = {**environment, "OMP_NUM_THREADS": "1"}
+
+    def train(size: int, name: str, *more: str, steps: int = 6) -> list[dict[str, Any]]:
         start = [sys.executable, "-m", "nybble"]
         if size > 1:
             start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "-m", "nybble"]
-        plain = {**environment, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*start, "train", str(model), *shared, "-o", str(output)], env=plain, capture_output=True, text=True, check=False
-        )
+        command = [*start, "train", str(model), *shared, "--steps", str(steps), *more, "-o", str(tmp_path / name)]
+        done = subprocess.run(command, env=plain, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("held-out loss") == 1
-        logs[size] = log_of(output)
-    for one, other in zip(logs[1], logs[2], strict=True):
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
-        assert one["gradient"] == pytest.approx(other["gradient"], rel=1e-3)
+        return log_of(tmp_path / name)
+
+    alone = train(1, "alone")
+    for others in (train(2, "two"), train(2, "parts", "--shard")):
+        for one, other in zip(alone, others, strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            assert one["gradient"] == pytest.approx(other["gradient"], rel=1e-3)
+            assert (one["held_out"] or 0) == pytest.approx(other["held_out"] or 0, rel=1e-4)
+    shutil.rmtree(tmp_path / "parts" / "training" / "checkpoints" / "step-000006")
+    again = train(2, "parts", "--shard")
+    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "parts").state_dict()
+    for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "alone").state_dict().items():
+        torch.testing.assert_close(whole[name], tensor, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +201,24 @@ def test_two_processes_do_what_one_does(words: Path, model: Path, tmp_path: Path
         (("MODEL", "--text", "TEXT", "-o", "MODEL/.."), "holds something else than a training run; name another"),
         (
             ("MODEL", "--text", "TEXT", "-o", "OUT", "--keep", "lm_head"),
-            "--keep, --rule and --qat-scales say what --qat FORMAT does",
+            "--keep, --rule and all of --qat-... say what --qat FORMAT does",
+        ),
+        (("MODEL", "--text", "TEXT", "-o", "OUT", "--hidden", "1"), "--hidden, --share and --temperature say how a teacher is"),
+        (
+            ("MODEL", "--text", "TEXT", "-o", "OUT", "--shard", "--precision", "fp16"),
+            "--shard goes with optimizer adamw and prec",
+        ),
+        (
+            (
+                *("MODEL", "--text", "TEXT", "-o", "OUT", "--window", "32"),
+                "--qat",
+                "int4",
+                "--qat-method",
+                "gptq",
+                "--qat-scales",
+                "fit",
+            ),
+            "method gptq chooses scales: train them (learned) or leave them (fixed), not fit",
         ),
         (("MODEL", "--text", "TEXT", "-o", "OUT", "--precision", "half"), "unknown precision 'half'"),
         (("MODEL", "--text", "TEXT", "-o", "OUT", "--device", "tpu"), "device 'tpu' is not here; this machine has cpu"),

@@ -74,6 +74,13 @@ def run(
     teacher: Annotated[str | None, typer.Option(help="Model whose predictions are learnt instead of the text.")] = None,
     share: Annotated[float, typer.Option(help="Of the loss that the teacher has; the rest is the text's.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the teacher's and the student's predictions.")] = 1.0,
+    hidden: Annotated[float, typer.Option(help="Weight of the distance of hidden states in that loss; 1 is usual.")] = 0.0,
+    keep_zeros: Annotated[
+        bool, typer.Option("--keep-zeros", help="Weights that are zero stay so: training after nybble prune.")
+    ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="With torchrun: weights and states in parts, one with each process (FSDP).")
+    ] = False,
     layers: Annotated[int | None, typer.Option(help="Begin with so many of MODEL's layers, spread evenly.")] = None,
     seed: Annotated[int, typer.Option(help="Order of the windows, random weights, dropout.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default all cores.")] = None,
@@ -116,10 +123,15 @@ def run(
         rules=tuple(console.parse_rules(rule or ())),
         share=share,
         temperature=temperature,
+        hidden=hidden,
+        shard=shard,
+        keep_zeros=keep_zeros,
     )
     settings.check()
     if qat is None and (keep or rule or qat_scales or qat_method != "rtn" or qat_observe):
         raise UsageError("--keep, --rule and all of --qat-... say what --qat FORMAT does; give it")
+    if teacher is None and (hidden or share != 1 or temperature != 1):
+        raise UsageError("--hidden, --share and --temperature say how a teacher is learnt from; give --teacher MODEL")
     if threads is not None:
         import torch
 

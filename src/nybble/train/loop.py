@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from nybble.errors import NumericError
+from nybble.errors import InputError, NumericError
 from nybble.models.loading import evaluating
 from nybble.train import checkpoints
 from nybble.train.data import Text
 from nybble.train.optimizers import make_optimizer
 from nybble.train.precision import computing, multiplying, scaler_of
 from nybble.train.settings import Settings
+from nybble.train.sharding import full, put_back, shard, whole_states, whole_weights
 from nybble.train.world import World
 
 LOG, CHECKPOINTS = "log.jsonl", "checkpoints"
@@ -94,10 +95,17 @@ class Trainer:
         self.facts = {**settings.facts(), "text": text.sha256, "processes": world.size, **(facts or {})}
         if settings.gradient_checkpointing:
             _checkpoint_activations(model)
+        self.plain_class = type(model)
+        """As it was before anything was taken apart."""
+        self.sharded = settings.shard and world.size > 1
+        if self.sharded:
+            shard(self.model, world)
         self.optimizer = make_optimizer(model, settings)
         self.scaler = scaler_of(settings.precision, world.device)
-        self.parallel = DistributedDataParallel(self.model) if world.size > 1 else self.model
+        alone = self.sharded or world.size == 1
+        self.parallel = self.model if alone else DistributedDataParallel(self.model)
         self.done = 0
+        self._kept: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
     def go_on(self) -> int:
         """Take up the newest checkpoint of the folder, if there is one; returns the steps that are done."""
@@ -107,8 +115,11 @@ class Trainer:
                 (self.folder / LOG).unlink(missing_ok=True)
             return 0
         standing = checkpoints.load(path, self.facts)
-        self.model.load_state_dict(standing.model, strict=True)
-        self.optimizer.load_state_dict(standing.optimizer)
+        if self.sharded:
+            put_back(self.model, self.optimizer, standing.model, standing.optimizer)
+        else:
+            self.model.load_state_dict(standing.model, strict=True)
+            self.optimizer.load_state_dict(standing.optimizer)
         if standing.scaler:
             self.scaler.load_state_dict(standing.scaler)
         self.done = standing.step
@@ -123,6 +134,11 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         skipped = 0
         self.model.train()
+        if self.settings.keep_zeros:
+            matrices = [p for p in self.model.parameters() if p.dim() == 2]
+            self._kept = [(p, (p.detach() != 0).to(p.dtype)) for p in matrices if bool((p == 0).any())]
+            if not self._kept:
+                raise InputError("no weight of this model is zero, so there are no zeros to keep; prune it first")
         with (self.folder / LOG).open("a", encoding="utf-8") if self.world.first else nullcontext() as log:
             try:
                 while self.done < self.settings.steps:
@@ -143,15 +159,16 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of where the run stands."""
+        weights = self.weights()
+        moments = whole_states(self.model, self.optimizer) if self.sharded else self.optimizer.state_dict()
         if self.world.first and self.done:
-            standing = checkpoints.Standing(
-                self.done,
-                dict(self.model.state_dict()),
-                self.optimizer.state_dict(),
-                self.scaler.state_dict(),
-            )
+            standing = checkpoints.Standing(self.done, weights, moments, self.scaler.state_dict())
             checkpoints.save(self.folder / CHECKPOINTS, standing, self.facts)
         self.world.wait()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's state dict, put together where it is in parts. All processes call it."""
+        return whole_weights(self.model) if self.sharded else dict(self.model.state_dict())
 
     def evaluate(self) -> float:
         """Nats per token of the held-out windows, in float32."""
@@ -164,7 +181,10 @@ class Trainer:
             group["lr"] = rate
         loss = self.world.mean(self._gradients())
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
+        for parameter, kept in self._kept:
+            if parameter.grad is not None:
+                parameter.grad.mul_(kept)
+        norm = full(torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip or math.inf))
         scale = float(self.scaler.get_scale()) if self.scaler.is_enabled() else None
         if scale is None and not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericError(
@@ -173,6 +193,9 @@ class Trainer:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        with torch.no_grad():
+            for parameter, kept in self._kept:
+                parameter.mul_(kept)
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         skipped = scale is not None and self.scaler.get_scale() < scale

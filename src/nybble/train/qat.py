@@ -30,7 +30,7 @@ from nybble.methods import parse_method
 from nybble.models.describe import describe, sites
 from nybble.models.float_weights import put_weight
 from nybble.models.replace import replace_weights
-from nybble.plan import Plan, Recipe, make_plan
+from nybble.plan import Plan, Recipe, make_plan, prunes
 from nybble.run import quantize_by_plan
 from nybble.train.fake import SCALES, FakeInputs, FakeQuantized
 
@@ -176,7 +176,10 @@ def _choose(model: Any, plan: Plan, begin: Beginning, progress: Callable[[str, i
         for name in quantized.changed - quantized.tensors.keys():
             model.get_parameter(name).copy_(quantized.model().get_parameter(name))
     if chooses(begin.recipe.method):
+        pruned = {row.tensor.name for row in plan.packed if prunes(row)}
         for name, aim in aims.items():
+            if name in pruned:
+                aim[quantized.tensors[name].decode() == 0] = 0  # exactly: what `keep_zeros` goes by
             put_weight(known[name].modules[0], aim)
     return dict(quantized.tensors)
 

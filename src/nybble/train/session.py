@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ def train(
     facts["held_out_text"] = hashlib.sha256(windows.tobytes()).hexdigest()
     loss: Loss = language_loss
     if teacher is not None:
-        check_teacher(teacher, start.model)
+        check_teacher(teacher, start.model, settings.hidden > 0)
         facts["teacher"] = _digest(teacher)
-        loss = distillation_loss(teacher.to(world.device), settings.share, settings.temperature)
+        loss = distillation_loss(teacher.to(world.device), settings.share, settings.temperature, settings.hidden)
     settings.check()
     settings.passes(world.size)
     check_folder(output)
@@ -133,8 +133,11 @@ def train(
     trainer.run(watch)
     steps = read_log(training)
     parameters = sum(p.numel() for p in start.model.parameters())
-    if world.first:
-        (_save_packed if plan else save)(start, output, *([plan] if plan else []))
+    weights = trainer.weights()
+    if world.first and plan:
+        _save_packed(start, output, plan)
+    elif world.first:
+        save(start if not trainer.sharded else _in_one_piece(start, trainer.plain_class, weights), output)
     after = next((step.held_out for step in reversed(steps) if step.held_out is not None), float("nan"))
     return Trained(output, steps, before, rounded, after, len(text.ids), parameters)
 
@@ -147,6 +150,15 @@ def _beginning(start: Start, text: Text, settings: Settings, world: World, resto
         windows = calibration_windows(text.ids.astype(np.int64), start.context, seed=settings.seed)
     observe = settings.qat_observe * settings.passes(world.size)
     return Beginning(recipe, settings.qat_scales, windows, observe, restored)
+
+
+def _in_one_piece(start: Start, kind: type[Any], weights: dict[str, torch.Tensor]) -> Start:
+    """The model whose parts all processes hold."""
+    model = kind(start.model.config)
+    model.load_state_dict(weights)
+    model.tie_weights()
+    model.generation_config = start.model.generation_config
+    return replace(start, model=model)
 
 
 def _save_packed(start: Start, output: Path, plan: Plan) -> None:

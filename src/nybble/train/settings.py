@@ -61,6 +61,12 @@ class Settings:
     share: float = 1.0
     """Of the loss that a teacher, where there is one, has."""
     temperature: float = 1.0
+    hidden: float = 0.0
+    """Weight of the distance between the teacher's and the student's hidden states, added to the loss."""
+    shard: bool = False
+    """Weights, gradients and states in parts, one with each process (FSDP)."""
+    keep_zeros: bool = False
+    """Weights of matrices that are zero at the start stay so: training after pruning."""
 
     def check(self) -> None:
         """Raise UsageError for a value that makes no sense, saying which may be."""
@@ -81,6 +87,8 @@ class Settings:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
+        if self.shard and (self.optimizer != "adamw" or self.precision == "fp16" or self.qat):
+            raise UsageError("--shard goes with optimizer adamw and precision fp32 or bf16, without QAT")
         if self.qat_observe and self.gradient_checkpointing:
             raise UsageError("gradient checkpointing passes inputs twice, and observers would see them twice: use one of the two")
         if self.warmup > self.steps:

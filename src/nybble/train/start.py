@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,10 @@ from typing import Any
 
 import torch
 
+from nybble.containers import open_contents
+from nybble.convert import convert
 from nybble.errors import InputError, UsageError, unknown_name
+from nybble.formats import parse_format
 from nybble.models.checkpoint import check_float, open_checkpoint, read_json
 from nybble.models.config_check import check_config
 from nybble.models.loading import context_length, load_model, load_tokenizer, quiet
@@ -44,10 +48,16 @@ class Start:
 
 
 def load(folder: Path) -> Start:
-    """A float model's folder. Raises InputError for one that is quantized, or has no tokenizer."""
-    checkpoint = open_checkpoint(folder)
-    check_float(checkpoint)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    """A float model's folder, pruned or not. Raises InputError for one that is quantized, or has no tokenizer."""
+    contents = open_contents(folder)
+    if contents.packed and all(parse_format(spec).is_cast for spec, _ in contents.packed.values()):
+        with tempfile.TemporaryDirectory() as place:  # a pruned model in sparse storage
+            convert(contents, Path(place) / "model", "float")
+            model = load_model(Path(place) / "model")
+    else:
+        check_float(open_checkpoint(folder))
+        model = load_model(folder)
+    tokenizer = load_tokenizer(folder)
     return Start(model, tokenizer, tokenizer.eos_token_id, str(folder), context_length(model))
 
 
