@@ -105,6 +105,44 @@ def test_rounded_in_every_pass(scales: str, model: Path, words: Path, tmp_path: 
     convert(output, tmp_path / "model.gguf")
 
 
+@pytest.mark.parametrize(("spec", "method"), [("int3:g32", "gptq"), ("int8:channel", "static"), ("int4:g32", "sparsegpt")])
+def test_qat_goes_on_from_what_its_method_chose(
+    spec: str, method: str, model: Path, words: Path, tmp_path: Path, nybble_command: Run
+) -> None:
+    """Scales and grids that calibration found come from the checkpoint: the same weights as of a run that never stopped."""
+    output = tmp_path / "trained"
+    options = (
+        "--text",
+        words,
+        "--steps",
+        "10",
+        "--lr",
+        "0.003",
+        "--qat",
+        spec,
+        "--qat-method",
+        method,
+        "--teacher",
+        model,
+        *QUICK,
+    )
+    more = {"static": ("--qat-observe", "7"), "sparsegpt": ("--keep-zeros",)}.get(method, ())
+    done = nybble_command("train", model, *options, *more, "-o", output)
+    assert done.returncode == 0, done.stderr
+    tensors = nybble.load(output).tensors
+    if method == "static":
+        assert {tensor.activations.scheme for tensor in tensors.values() if tensor.activations} == {"static"}
+    if method == "sparsegpt":
+        assert all((tensor.decode() == 0).mean() >= 0.5 for name, tensor in tensors.items() if ".h." in name)
+    whole = (output / "model.safetensors").read_bytes()
+    shutil.rmtree(output / "training" / "checkpoints" / "step-000010")
+    (output / "model.safetensors").unlink()
+    again = nybble_command("train", model, *options, *more, "-o", output)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step 5" in " ".join(again.stderr.split())
+    assert (output / "model.safetensors").read_bytes() == whole
+
+
 def test_distillation_to_fewer_layers(model: Path, words: Path, tmp_path: Path, nybble_command: Run) -> None:
     output = tmp_path / "small"
     options = ("--text", words, "--steps", "20", "--layers", "2", "--teacher", model, "--share", "0.5", "--lr", "0.005")

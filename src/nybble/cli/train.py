@@ -23,6 +23,7 @@ nybble train MODEL --text text.txt --steps 500 -o model-tuned              fine-
 nybble train --shape gpt2-6m --text folder -o model --steps 5000           from scratch, with a tokenizer of its own
 nybble train MODEL --text text.txt -o model-tuned --steps 500 --precision bf16 --optimizer adamw8bit
 nybble train MODEL --text text.txt -o model-int4 --qat int4:g64 --teacher MODEL --steps 300    weights rounded in every pass
+nybble train MODEL --text text.txt -o model-int3 --qat int3:g64 --qat-method best --teacher MODEL --lr 0.0002    begun by best
 nybble train MODEL --text text.txt -o model-small --layers 3 --teacher MODEL                   distillation to fewer layers
 torchrun --nproc-per-node 2 -m nybble train MODEL --text text.txt -o model-tuned --steps 500
 The same command again goes on where a run stopped.
@@ -200,8 +201,11 @@ def _train(
             return
         write_training_report(output / session.TRAINING, trained, settings)
     path = [trained.before, *([] if trained.rounded is None else [trained.rounded]), trained.after]
+    method = "rounded" if settings.qat_method == "rtn" else settings.qat_method
     words = " -> ".join(f"{loss:.4f}" for loss in path)
-    typer.echo(f"{output}: held-out loss {words} nats per token{'' if trained.rounded is None else ' (float, rounded, trained)'}")
+    typer.echo(
+        f"{output}: held-out loss {words} nats per token{'' if trained.rounded is None else f' (float, {method}, trained)'}"
+    )
 
 
 def _texts(text: str, held_out: Path | None) -> tuple[list[str], list[str] | None]:

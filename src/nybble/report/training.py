@@ -75,8 +75,11 @@ def write_training_report(folder: Path, trained: Trained, settings: Settings) ->
         "seconds of a step": f"{middle:.3f} (median), {settings.batch * settings.window / middle:,.0f} tokens a second",
         "steps skipped": f"{skipped}" if settings.precision == "fp16" else "",
         "held-out loss": f"{trained.before:.4f} before, {trained.after:.4f} after; perplexity {np.exp(trained.after):.2f}",
-        "weights": "" if settings.qat is None else f"{settings.qat} in every pass, scales {settings.qat_scales}",
-        "held-out loss, rounded before training": "" if trained.rounded is None else f"{trained.rounded:.4f}",
+        "weights": ""
+        if settings.qat is None
+        else f"{settings.qat} in every pass, begun by {settings.qat_method}, scales {settings.qat_scales}",
+        f"held-out loss by {settings.qat_method}, before training": "" if trained.rounded is None else f"{trained.rounded:.4f}",
+        "zeros": "kept" if settings.keep_zeros else "",
         "seed": str(settings.seed),
     }
     lines = ["# Training", "", f"![{plot.alt}](loss.png)", "", "| | |", "| --- | --- |"]
