@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nybble.errors import FileFormatError, InputError, NumericError, UsageError
-from nybble.train import checkpoints
+from nybble.train import checkpoints, precision
 from nybble.train.data import Text, hold_back, read_text_tree
 from nybble.train.loop import CHECKPOINTS, Trainer, read_log
 from nybble.train.settings import OPTIMIZERS, Settings
@@ -321,3 +321,29 @@ def test_settings_that_cannot_be(changes: dict[str, Any], message: str, trainer:
 def test_a_batch_that_processes_cannot_share() -> None:
     with pytest.raises(UsageError, match="batch of 8 windows cannot be shared by 3 processes"):
         Settings(steps=1).passes(3)
+
+
+# ---- products of float16 ------------------------------------------------------------------------------------------------
+
+
+def test_products_of_float16_are_summed_wide_and_rounded_once() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.randn(64, 96).half().requires_grad_(), torch.randn(96, 32).half().requires_grad_())
+    with precision._WideProducts():
+        c = a @ b
+        c.float().square().sum().backward()
+    wanted = (a.float() @ b.float()).half()
+    assert c.dtype is torch.float16
+    assert torch.equal(c, wanted)
+    slope = (2 * wanted.float()).half()
+    assert torch.equal(a.grad, (slope.float() @ b.detach().float().T).half())  # type: ignore[arg-type]
+    assert torch.equal(b.grad, (a.detach().float().T @ slope.float()).half())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_only_where_the_processor_has_none(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: native)
+    found = {name: precision.multiplying(name, torch.device("cpu")) for name in ("fp32", "bf16", "fp16")}
+    wide = {name for name, context in found.items() if isinstance(context, precision._WideProducts)}
+    assert wide == (set() if native else {"fp16"})
+    assert not isinstance(precision.multiplying("fp16", torch.device("cuda")), precision._WideProducts)

@@ -70,9 +70,10 @@ def parse_variant(spec: str) -> Variant:
     fmt, plus, method = spec.strip().partition("+")
     name = canonical(fmt)
     if name in CAST_TAGS:
-        if plus:
-            raise UsageError(f"variant {spec!r}: {name} is a cast and takes no method")
-        return Variant(name, "cast")
+        if not plus:
+            return Variant(name, "cast")
+        if not parse_method(method).settings.prunes:
+            raise UsageError(f"variant {spec!r}: {name} is a cast and takes no method but those that prune")
     return Variant(name, str(parse_method(method)) if plus else "rtn")
 
 
