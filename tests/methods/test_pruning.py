@@ -137,6 +137,8 @@ def test_every_method_and_format_has_the_zeros(method: str, spec: str) -> None:
         settings = replace(settings, target=0.0)  # there is no other stream here
         tensor, account = choose(weight, parse_format(spec), settings, stats)
         zero = tensor.decode() == 0
+        if tensor.format.is_cast:
+            assert not np.signbit(tensor.decode()[zero]).any(), "a zero that is stored as another"
         if pattern == "2of4":
             assert (zero.reshape(len(weight), -1, 4).sum(2) >= 2).all()
         assert zero.mean() >= 0.5 - 1e-9

@@ -60,7 +60,7 @@ class Method:
             from nybble.methods.steps.masks import check_zero, kept_in_matrix
 
             check_zero(fmt)
-            weight = weight * kept_in_matrix(torch.from_numpy(np.abs(weight)), self.settings).numpy()
+            weight = np.where(kept_in_matrix(torch.from_numpy(np.abs(weight)), self.settings).numpy(), weight, np.float32(0))
         if self.settings.scales == "range" and importance is None:
             return QTensor(fmt, *fmt.round(weight))
         params = fit_params(fmt, weight, self.settings.scales, importance)

@@ -63,7 +63,7 @@ def choose(
     if settings.prunes:
         check_zero(fmt)
         by_magnitude = kept_in_matrix(torch.from_numpy(np.abs(weight)), settings)
-        rounded = weight * by_magnitude.numpy()
+        rounded = np.where(by_magnitude.numpy(), weight, np.float32(0))  # not -0, as a product would have it
         keep = by_magnitude if settings.mask == "magnitude" else None
     codes, plain_params = fmt.round(rounded)
     plain = Chosen(torch.from_numpy(rounded).double() if fmt.is_cast else torch.from_numpy(codes), *grid_of(fmt, plain_params))
