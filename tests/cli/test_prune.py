@@ -59,7 +59,7 @@ def test_for_other_tools(tmp_path: Path, nybble_command: Run) -> None:
         (("--sparsity", "3:4"), "sparsity '3:4': give a share"),
         (("--sparsity", "half"), "sparsity 'half': give a share"),
         (("--method", "gptq"), "method gptq makes no weight zero; use magnitude, wanda, sparsegpt"),
-        ((), "method sparsegpt:sparsity=0.5 reads calibration text"),
+        ((), "method sparsegpt:refine=3:sparsity=0.5 reads calibration text"),
         (("--method", "magnitude", "--to", "int4:g64,asym"), "format int4:g64,asym has offsets"),
     ],
 )

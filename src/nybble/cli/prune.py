@@ -14,7 +14,7 @@ NAME = "prune"
 HELP = """Set the weights that matter least to zero: any share of them, or two of every four.
 
 \b
-nybble prune MODEL --calibrate text.txt -o model-half                            half of them, SparseGPT, sparse storage
+nybble prune MODEL --calibrate text.txt -o model-half                            half of them, sparse storage
 nybble prune MODEL --sparsity 2:4 --to int4:g64 --calibrate text.txt -o model-24  pruned and rounded in one
 nybble prune MODEL --method magnitude --sparsity 0.3 -o model-pruned             no data
 nybble prune MODEL --method wanda+gptq --sparsity 2:4 --calibrate text.txt --file float -o model-24   for any other tool
@@ -30,7 +30,7 @@ def run(
     sparsity: Annotated[
         str, typer.Option(help="Share of weights that become zero (0.5, 30%), or kept weights 1:2, 2:4, 4:8.")
     ] = "0.5",
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, wanda+gptq, sparsegpt:refine=3, ...")] = "sparsegpt",
+    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, wanda+gptq, sparsegpt:refine=3, ...")] = "sparsegpt:refine=3",
     to: Annotated[
         str | None, typer.Option(help="Round the others too: a format, as in quantize; default the model's floats.")
     ] = None,
