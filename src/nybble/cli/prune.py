@@ -30,7 +30,9 @@ def run(
     sparsity: Annotated[
         str, typer.Option(help="Share of weights that become zero (0.5, 30%), or kept weights 1:2, 2:4, 4:8.")
     ] = "0.5",
-    method: Annotated[str, typer.Option(help="magnitude, wanda, sparsegpt, wanda+gptq, sparsegpt:refine=3, ...")] = "sparsegpt:refine=3",
+    method: Annotated[
+        str, typer.Option(help="magnitude, wanda, sparsegpt, wanda+gptq, sparsegpt:refine=3, ...")
+    ] = "sparsegpt:refine=3",
     to: Annotated[
         str | None, typer.Option(help="Round the others too: a format, as in quantize; default the model's floats.")
     ] = None,

@@ -119,7 +119,7 @@ def train(
     before = known.get("before") or measure()
     restored = not restart and checkpoints.newest(training / CHECKPOINTS) is not None
     begin = None if settings.qat is None else _beginning(start, text, settings, world, restored)
-    plan = None if begin is None else prepare_from(start.model, begin, progress)
+    plan = None if begin is None else prepare_from(start.model.cpu(), begin, progress)  # methods work on the CPU
     start.model.to(world.device)
     rounded = (known.get("rounded") or measure()) if plan else None
     world.wait()

@@ -87,8 +87,8 @@ class Settings:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.optimizer not in OPTIMIZERS:
             raise unknown_name("optimizer", self.optimizer, OPTIMIZERS)
-        if self.shard and (self.optimizer != "adamw" or self.precision == "fp16" or self.qat):
-            raise UsageError("--shard goes with optimizer adamw and precision fp32 or bf16, without QAT")
+        if self.shard and (self.optimizer != "adamw" or self.precision == "fp16" or self.qat or self.keep_zeros):
+            raise UsageError("--shard goes with optimizer adamw and precision fp32 or bf16, without QAT and --keep-zeros")
         if self.qat_observe and self.gradient_checkpointing:
             raise UsageError("gradient checkpointing passes inputs twice, and observers would see them twice: use one of the two")
         if self.warmup > self.steps:
