@@ -23,8 +23,8 @@ FORMATS = (
 )  # fmt: skip
 ARCHITECTURES = ("gpt2", "llama", "qwen3", "opt", "bert")
 WINDOWS = np.random.default_rng(0).integers(3, 97, (6, 40))
-SETTINGS_OF_GPTQ = {"gptaq", "qep", "qronos", "guided"}
-"""These differ from gptq by a number; two architectures do for every run of the tests."""
+SETTINGS_OF_GPTQ = {"gptaq", "qep", "qronos", "guided", "magnitude", "wanda", "sparsegpt"}
+"""These differ from gptq by a number or a mask; two architectures do for every run of the tests."""
 FEWER_STEPS = {"best": "best:tune=2", "tune": "tune:tune=2:block_tune=2"}
 
 
