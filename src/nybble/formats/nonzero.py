@@ -40,14 +40,17 @@ def spread_kept(fmt: Format, shape: tuple[int, int], kept: NDArray[Any], mask: N
     if kept.dtype != kind or kept.shape != (size,):
         raise ValueError(f"{KEPT} is {kept.dtype} {kept.shape}, {MASK} keeps {count} weights: it must be {kind} {(size,)}")
     chosen = kept if fmt.is_cast or not count else kernels.unpack(np.ascontiguousarray(kept[None]), count, fmt.bits)[0]
-    codes = np.full(shape, zero_code(fmt), kind)
+    width = columns if fmt.is_cast else kernels.row_bytes(columns, fmt.bits)
+    out = np.empty((rows, width), kind)
     start = 0
-    for part in slabs(shape):
+    for part in slabs(shape):  # all codes unpacked at once would be the most memory that reading takes
         keep = np.unpackbits(mask[part], axis=1, count=columns, bitorder="little").view(bool)
+        codes = np.full(keep.shape, zero_code(fmt), kind)
         stop = start + int(np.count_nonzero(keep))
-        codes[part][keep] = chosen[start:stop]
+        codes[keep] = chosen[start:stop]
+        out[part] = codes if fmt.is_cast else kernels.pack(codes, fmt.bits)
         start = stop
-    return codes if fmt.is_cast else kernels.pack(codes, fmt.bits)
+    return out
 
 
 def zero_code(fmt: Format) -> int:
