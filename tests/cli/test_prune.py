@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+import nybble  # noqa: F401  # teaches transformers our folders
 from nybble.demo import model_folder
 from nybble.errors import UsageError
 
@@ -38,6 +39,8 @@ def test_a_smaller_folder(options: tuple[str, ...], bits: float, zeros: float, t
     assert sum(tensor["bytes"] for tensor in facts["tensors"]) < facts["file_bytes"] < 1.02 * facts["bytes"] + 20_000
     done = nybble_command("generate", out, "def main(", "--new-tokens", "4", "--temperature", "0")
     assert done.returncode == 0, done.stderr
+    with pytest.raises(UsageError, match="a nybble-sparse folder is not laid out for transformers"):
+        AutoModelForCausalLM.from_pretrained(out)
     plain = tmp_path / "plain"
     done = nybble_command("convert", out, plain, "--file", "float" if "--to" not in options else "nybble")
     assert done.returncode == 0, done.stderr

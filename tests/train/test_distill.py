@@ -15,8 +15,9 @@ from nybble.convert import convert
 from nybble.errors import InputError, UsageError
 from nybble.plan import Recipe
 from nybble.train.distill import check_teacher, distillation_loss, fewer_layers, hidden_distance, language_loss
+from nybble.train.fake import prepared, scale_parameters
 from nybble.train.loop import Trainer
-from nybble.train.qat import Beginning, prepare_from, prepared
+from nybble.train.qat import Beginning, prepare_from
 
 Make = Callable[..., Trainer]
 IDS = torch.from_numpy(np.random.default_rng(1).integers(3, 97, (3, 12)))
@@ -99,6 +100,7 @@ def test_zeros_of_a_method_stay_in_qat(tiny: Callable[..., Any], trainer: Make) 
     model = tiny("gpt2")
     prepare_from(model, Beginning(Recipe("int4:g32", "sparsegpt:pattern=2of4"), "learned", windows))
     trainer(model=model, steps=6, learning_rate=1e-2, keep_zeros=True).run()
+    assert all(float(move.detach().abs().max()) > 0 for move in scale_parameters(model)), "a scale was held at its start"
     for name, (module, fake) in prepared(model).items():
         rows = module.weight.detach().T if fake.layer_is_turned else module.weight.detach()
         if ".h." in name:

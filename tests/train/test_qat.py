@@ -20,9 +20,9 @@ from nybble.models.describe import sites
 from nybble.plan import Recipe
 from nybble.quantized import Quantized
 from nybble.train.distill import distillation_loss
-from nybble.train.fake import FakeInputs, FakeQuantized
+from nybble.train.fake import FakeInputs, FakeQuantized, prepared, scale_parameters
 from nybble.train.loop import Trainer
-from nybble.train.qat import Beginning, convert, prepare, prepare_from, prepared, scale_parameters
+from nybble.train.qat import Beginning, convert, prepare, prepare_from
 
 SPECS = ("int4:g64", "int8:channel", "int3:g32,asym", "int2:g64", "nf4:g64,dq", "fp4:g32", "q4_0", "q4_k", "mxfp4", "int4:tensor")
 LEARNED = ("int4:g32", "int3:g32,asym", "int2:g64", "int4:channel", "int4:tensor", "nf4:g32")

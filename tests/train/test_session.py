@@ -188,8 +188,10 @@ def test_killed_anywhere_it_goes_on(
     keys = ("step", "loss", "gradient", "held_out")
     assert [[line[key] for key in keys] for line in log_of(killed)] == [[line[key] for key in keys] for line in log_of(whole)]
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    told = (killed / "training" / "run.json").read_bytes()
     done = nybble_command(*command(killed)[3:], "--seed", "5")
     assert done.returncode == 2
+    assert (killed / "training" / "run.json").read_bytes() == told, "a command that was refused left its figures"
     assert "holds a run with another seed (0, now 5)" in done.stderr
     done = nybble_command(*command(killed)[3:], "--seed", "5", "--restart")
     assert done.returncode == 0, done.stderr

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
-from nybble.cli.quantize import Job, carry_out
+from nybble.cli.quantize import (
+    ByDocument,
+    Calibrate,
+    Force,
+    Job,
+    Layers,
+    Model,
+    Options,
+    Output,
+    Rules,
+    Window,
+    Windows,
+    carry_out,
+)
 
 NAME = "prune"
 HELP = """Set the weights that matter least to zero: any share of them, or two of every four.
@@ -25,8 +37,8 @@ CONTAINER = "nybble-sparse"
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make, or file (model.gguf).")],
+    model: Model,
+    output: Output,
     sparsity: Annotated[
         str, typer.Option(help="Share of weights that become zero (0.5, 30%), or kept weights 1:2, 2:4, 4:8.")
     ] = "0.5",
@@ -39,25 +51,18 @@ def run(
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights that stay as they are: name, last part or glob. Repeatable.")
     ] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: FILE (.txt, .json, .jsonl), hub:DATASET[:CONFIG[:SPLIT]], or self: the model's own."
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
-    window: Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")] = None,
-    by_document: Annotated[
-        bool, typer.Option("--by-document", help="Cut each window from one document, not from all joined.")
-    ] = False,
+    rule: Rules = None,
+    calibrate: Calibrate = None,
+    windows: Windows = CALIBRATION_WINDOWS,
+    window: Window = None,
+    by_document: ByDocument = False,
     seed: Annotated[int, typer.Option(help="Which windows are drawn.")] = 0,
     file: Annotated[
         str | None, typer.Option(help="Container: nybble-sparse (zeros take a bit), nybble, float, gguf, ...; default by name.")
     ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the container. Repeatable.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
+    option: Options = None,
+    layers: Layers = False,
+    force: Force = False,
 ) -> None:
     """Turn the sparsity into options of the method; the rest is quantization."""
     from nybble.errors import UsageError

@@ -24,34 +24,42 @@ nybble quantize MODEL --to int4:g128 --method gptq --calibrate text.txt --file g
 nybble methods                                    what there is, and the options of each
 """
 
+Model = Annotated[str, typer.Argument(help="Model folder or hub name.")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="Folder to make, or file (model.gguf).")]
+Rules = Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(help="Calibration text: FILE (.txt, .json, .jsonl), hub:DATASET[:CONFIG[:SPLIT]], or self: the model's own."),
+]
+Windows = Annotated[int, typer.Option(help="Calibration windows at most.")]
+Window = Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")]
+ByDocument = Annotated[bool, typer.Option("--by-document", help="Cut each window from one document, not from all joined.")]
+Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the container. Repeatable.")]
+Layers = Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")]
+"""Options that `prune` has too."""
+
 
 def run(
-    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to make, or file (model.gguf).")],
+    model: Model,
+    output: Output,
     to: Annotated[str, typer.Option(help="Format NAME[:tensor|channel|gN][,asym][,dq], or mix (q4_k_m).")] = "int4:g64",
     method: Annotated[str, typer.Option(help="Method: rtn, gptq, best, ...; see nybble methods.")] = "rtn",
     keep: Annotated[
         list[str] | None, typer.Option(help="Weights that stay in float: name, last part or glob. Repeatable.")
     ] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="PATTERN=FORMAT for some weights. Repeatable.")] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: FILE (.txt, .json, .jsonl), hub:DATASET[:CONFIG[:SPLIT]], or self: the model's own."
-        ),
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Calibration windows at most.")] = CALIBRATION_WINDOWS,
-    window: Annotated[int | None, typer.Option(help="Tokens of one; default the model's context, at most 2048.")] = None,
-    by_document: Annotated[
-        bool, typer.Option("--by-document", help="Cut each window from one document, not from all joined.")
-    ] = False,
+    rule: Rules = None,
+    calibrate: Calibrate = None,
+    windows: Windows = CALIBRATION_WINDOWS,
+    window: Window = None,
+    by_document: ByDocument = False,
     seed: Annotated[int, typer.Option(help="Which windows are drawn, and whatever else a method draws.")] = 0,
     file: Annotated[
         str | None, typer.Option(help="Container: nybble, gguf, gptq, awq, compressed-tensors, bitsandbytes; default by name.")
     ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the container. Repeatable.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")] = False,
+    option: Options = None,
+    layers: Layers = False,
+    force: Force = False,
 ) -> None:
     """Check that the output can be written, quantize, save."""
     job = Job(model, output, to, method, tuple(keep or ()), tuple(rule or ()), calibrate, windows, window, by_document, seed)

@@ -20,6 +20,7 @@ from nybble.files.native import read_entry, read_schemes
 from nybble.models.replace import replace_weights, tie_parameters
 
 METHOD = "nybble"
+SPARSE = "nybble-sparse"
 
 
 class NybbleConfig(QuantizationConfigMixin):
@@ -62,6 +63,26 @@ class NybbleQuantizer(HfQuantizer):
         raise UsageError("to get the float weights back, use nybble.load(folder).tensors[name].decode()")
 
 
+class SparseConfig(NybbleConfig):
+    """`quantization_config` of a sparse folder (containers/nybble_sparse.py)."""
+
+    def __init__(self, **entry: Any) -> None:
+        super().__init__(**entry)
+        self.quant_method = SPARSE
+
+
+class SparseQuantizer(NybbleQuantizer):
+    """Refuses sparse folders: without it transformers would warn and hand out random weights."""
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        raise UsageError(
+            "a nybble-sparse folder is not laid out for transformers: nybble convert IN OUT --file nybble (or float), or "
+            "nybble.load"
+        )
+
+
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
     register_quantization_config(METHOD)(NybbleConfig)
     register_quantizer(METHOD)(NybbleQuantizer)
+    register_quantization_config(SPARSE)(SparseConfig)
+    register_quantizer(SPARSE)(SparseQuantizer)

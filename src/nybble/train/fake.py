@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from nybble.calibrate.histogram import Histogram
 from nybble.formats import Format, QTensor
@@ -44,7 +45,6 @@ class FakeQuantized(nn.Module):
         super().__init__()
         self.format, self.scales = fmt, scales
         self.layer_is_turned = turned(layer, torch.empty(1, 2)).shape[0] == 2
-        self.activations = None if first is None else first.activations
         self.move: nn.Parameter | None = None
         self._suffixes: tuple[str, ...] = ()
         if scales == "fit":
@@ -191,3 +191,26 @@ class FakeInputs(nn.Module):
         """Float32 [2]: the least and the largest value of the grid."""
         zero = self.zero.float()
         return torch.cat([-zero, 255 - zero]) * self.scale
+
+
+def prepared(model: nn.Module) -> dict[str, tuple[nn.Module, FakeQuantized]]:
+    """Name of each prepared weight -> (the module that owns it, what it becomes); tied ones once."""
+    found: dict[str, tuple[nn.Module, FakeQuantized]] = {}
+    seen = set()
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight") and isinstance(weight_list(module)[0], FakeQuantized):
+            fake = weight_list(module)[0]
+            if id(fake) not in seen:
+                seen.add(id(fake))
+                found[f"{path}.weight"] = (module, fake)
+    return found
+
+
+def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The moves of learned scales, which no decay should draw anywhere."""
+    return [fake.move for _, fake in prepared(model).values() if fake.move is not None]
+
+
+def weight_list(module: nn.Module) -> Any:
+    """What a layer's weight goes through before it is used; `original` is the float weight."""
+    return module.parametrizations["weight"]  # type: ignore[index]

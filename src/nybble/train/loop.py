@@ -21,6 +21,7 @@ from nybble.errors import InputError, NumericError
 from nybble.models.loading import evaluating
 from nybble.train import checkpoints
 from nybble.train.data import Text
+from nybble.train.fake import scale_parameters
 from nybble.train.optimizers import make_optimizer
 from nybble.train.precision import computing, multiplying, scaler_of
 from nybble.train.settings import Settings
@@ -135,7 +136,8 @@ class Trainer:
         skipped = 0
         self.model.train()
         if self.settings.keep_zeros:
-            matrices = [p for p in self.model.parameters() if p.dim() == 2]
+            scales = {id(p) for p in scale_parameters(self.model)}  # their moves begin at zero too
+            matrices = [p for p in self.model.parameters() if p.dim() == 2 and id(p) not in scales]
             self._kept = [(p, (p.detach() != 0).to(p.dtype)) for p in matrices if bool((p == 0).any())]
             if not self._kept:
                 raise InputError("no weight of this model is zero, so there are no zeros to keep; prune it first")
@@ -167,7 +169,7 @@ class Trainer:
         self.world.wait()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The model's state dict, put together where it is in parts. All processes call it."""
+        """The model's state dict, put together in the first process where it is in parts. All processes call it."""
         return whole_weights(self.model) if self.sharded else dict(self.model.state_dict())
 
     def evaluate(self) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nybble.train.adam import Adam8bit, groups_of
-from nybble.train.qat import scale_parameters
+from nybble.train.fake import scale_parameters
 from nybble.train.settings import Settings
 
 BITS = {"adamw8bit": 8, "adamw4bit": 4}

@@ -27,15 +27,14 @@ from nybble.formats.base import spread
 from nybble.formats.codebook import Codebook
 from nybble.formats.integer import Integer
 from nybble.methods import parse_method
+from nybble.methods.steps.latent import BESIDE
 from nybble.models.describe import describe, sites
 from nybble.models.float_weights import put_weight
 from nybble.models.replace import replace_weights
 from nybble.plan import Plan, Recipe, make_plan, prunes
 from nybble.run import quantize_by_plan
-from nybble.train.fake import SCALES, FakeInputs, FakeQuantized
+from nybble.train.fake import SCALES, FakeInputs, FakeQuantized, prepared, weight_list
 
-BESIDE = 0.45
-"""A weight begins at most so far from its code, in steps between levels: any further, and its first move would change it."""
 INPUTS = "fake_inputs"
 
 
@@ -112,24 +111,11 @@ def prepare_from(model: nn.Module, begin: Beginning, progress: Callable[[str, in
         parametrize.register_parametrization(owner, "weight", fake)
         for other in others:
             parametrize.register_parametrization(other, "weight", fake)
-            _list(other).original = _list(owner).original
+            weight_list(other).original = weight_list(owner).original
         if row.activations:
             scheme = (first and first.activations) or _placeholder(row.activations, recipe.method)
             _round_inputs(owner, FakeInputs(scheme, begin.observe))
     return plan
-
-
-def prepared(model: nn.Module) -> dict[str, tuple[nn.Module, FakeQuantized]]:
-    """Name of each prepared weight -> (the module that owns it, what it becomes); tied ones once."""
-    found: dict[str, tuple[nn.Module, FakeQuantized]] = {}
-    seen = set()
-    for path, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight") and isinstance(_list(module)[0], FakeQuantized):
-            fake = _list(module)[0]
-            if id(fake) not in seen:
-                seen.add(id(fake))
-                found[f"{path}.weight"] = (module, fake)
-    return found
 
 
 def convert(model: nn.Module) -> dict[str, QTensor]:
@@ -137,7 +123,7 @@ def convert(model: nn.Module) -> dict[str, QTensor]:
     is not finite."""
     tensors: dict[str, QTensor] = {}
     for name, (module, fake) in prepared(model).items():
-        latent = _list(module).original.detach().float().cpu()
+        latent = weight_list(module).original.detach().float().cpu()
         rows = latent.T if fake.layer_is_turned else latent
         inputs = getattr(module, INPUTS, None)
         try:
@@ -153,11 +139,6 @@ def convert(model: nn.Module) -> dict[str, QTensor]:
             delattr(module, INPUTS)
     replace_weights(model, tensors)
     return tensors
-
-
-def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The moves of learned scales, which no decay should draw anywhere."""
-    return [fake.move for _, fake in prepared(model).values() if fake.move is not None]
 
 
 def _choose(model: Any, plan: Plan, begin: Beginning, progress: Callable[[str, int, int], None] | None) -> dict[str, QTensor]:
@@ -212,7 +193,3 @@ def _round_inputs(layer: nn.Module, fake: FakeInputs) -> None:
         return (fake(args[0]), *args[1:])
 
     fake.hook = layer.register_forward_pre_hook(hook)  # type: ignore[assignment]  # a handle, for convert
-
-
-def _list(module: nn.Module) -> Any:
-    return module.parametrizations["weight"]  # type: ignore[index]

@@ -115,7 +115,7 @@ def train(
     check_folder(output)
     start.model.to(world.device)
     measure = partial(held_out_loss, start.model, windows, settings.micro, world.device)
-    known = {} if restart else _known(training, facts)
+    known = {} if restart else _known(training, facts, settings)
     before = known.get("before") or measure()
     restored = not restart and checkpoints.newest(training / CHECKPOINTS) is not None
     begin = None if settings.qat is None else _beginning(start, text, settings, world, restored)
@@ -125,11 +125,13 @@ def train(
     world.wait()
     if world.first:
         _make_folder(output, restart)
-        told = {"facts": facts, "settings": settings.facts(), "before": before, "rounded": rounded}
-        (training / RUN).write_text(json.dumps(told, indent=1), encoding="utf-8")
     world.wait()
     trainer = Trainer(start.model, text, windows, settings, training, world, facts, loss)
-    begun(trainer, trainer.go_on())
+    done = trainer.go_on()  # refuses a run that is there and is another
+    if world.first:
+        told = {"facts": facts, "settings": settings.facts(), "before": before, "rounded": rounded}
+        (training / RUN).write_text(json.dumps(told, indent=1), encoding="utf-8")
+    begun(trainer, done)
     trainer.run(watch)
     steps = read_log(training)
     parameters = sum(p.numel() for p in start.model.parameters())
@@ -203,11 +205,11 @@ def _put(made: Path, output: Path) -> None:
         raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
 
 
-def _known(training: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def _known(training: Path, facts: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """What an earlier go of the same run measured before its first step."""
     try:
         known = json.loads((training / RUN).read_text(encoding="utf-8") or "{}")
-        return known if known.get("facts") == facts else {}
+        return known if (known.get("facts"), known.get("settings")) == (facts, settings.facts()) else {}
     except (OSError, ValueError, AttributeError):
         return {}
 

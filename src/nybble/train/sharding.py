@@ -31,8 +31,8 @@ def shard(model: nn.Module, world: World) -> None:
 
 
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of the whole model, on the CPU of every process. All processes call it."""
-    found: dict[str, Any] = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True))
+    """The state dict of the whole model, on the CPU: in the first process, nothing in others. All processes call it."""
+    found: dict[str, Any] = states.get_model_state_dict(model, options=WHOLE)
     return found
 
 

@@ -77,9 +77,8 @@ def choose(
         factor = work.part(rows, stats, index, each)
         damping, dead = max(damping, factor.damping), max(dead, factor.dead)
     params = shared if shared is not None else params_of(fmt, work.result.scale, work.result.offset)
-    if (
-        shared is not None and not settings.target and not settings.prunes and work.after.sum() > work.before.sum()
-    ):  # nothing to mix row by row
+    as_one = shared is not None and not settings.target and not settings.prunes  # nothing to mix row by row
+    if as_one and work.after.sum() > work.before.sum():
         params, work.result, work.after = plain_params, plain, work.before
         work.fallen[:] = True
     energy = float(work.energies.sum()) or 1.0
