@@ -151,3 +151,14 @@ def test_killed_worker(kind: str, what: str, start: Start, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert left_in(tmp_path / "tmp") == []
     assert workers(tmp_path) == []
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_of_several_processes_takes_nothing_apart(size: int, environment: dict[str, str]) -> None:
+    """Where torchrun started it, no thread of another library can fall over an interpreter that is half gone."""
+    script = "import atexit, sys; from nybble.cli import main; atexit.register(print, 'apart'); sys.argv[1:] = ['formats']; main()"
+    several = {**environment, "WORLD_SIZE": str(size)}
+    done = subprocess.run([sys.executable, "-c", script], env=several, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "int4" in done.stdout
+    assert ("apart" in done.stdout) == (size == 1)

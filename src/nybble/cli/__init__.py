@@ -100,7 +100,17 @@ def main() -> NoReturn:
             _show_traceback()
         name = type(error).__name__
         code = _fail(f"internal error, please report it: {name}: {error} (nybble --debug ... shows the traceback)", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process. One of several that torchrun started goes at once: its communication threads may let go of a tensor
+    while the interpreter is taken apart, and that aborts (pytorch/pytorch#190489)."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> object:

@@ -56,6 +56,8 @@ def join(device: str | None = None) -> Iterator[World]:
         return
     distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        yield World(distributed.get_rank(), size, place)
+        world = World(distributed.get_rank(), size, place)
+        yield world
+        world.wait()  # for the first, which saves: torchrun ends all when one ends badly
     finally:
         distributed.destroy_process_group()
