@@ -156,9 +156,9 @@ def test_killed_worker(kind: str, what: str, start: Start, tmp_path: Path) -> No
 @pytest.mark.parametrize("size", [1, 2])
 def test_one_of_several_processes_takes_nothing_apart(size: int, environment: dict[str, str]) -> None:
     """Where torchrun started it, no thread of another library can fall over an interpreter that is half gone."""
-    script = "import atexit, sys; from nybble.cli import main; atexit.register(print, 'apart'); sys.argv = ['', 'formats']\nmain()"
+    lines = ("import atexit, sys", "from nybble.cli import main", "atexit.register(print, 'apart')", "main()")
     several = {**environment, "WORLD_SIZE": str(size)}
-    done = subprocess.run([sys.executable, "-c", script], env=several, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines), "formats"], env=several, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "int4" in done.stdout
     assert ("apart" in done.stdout) == (size == 1)
