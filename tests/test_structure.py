@@ -35,6 +35,7 @@ LAYERS = (
     {"methods"},
     {"mixes"},
     {"plan"},
+    {"converting", "forecast"},
     {"convert"},
     {"edits"},
     {"walk"},

@@ -1,44 +1,44 @@
 """From one container to another: codes are carried over where the other holds the same values, and what that costs elsewhere is
-measured. No torch.
+measured (converting.py). No torch.
 
-Every weight takes two steps. First the format that is asked for (`to`), if any: a float weight is rounded to it, a packed one
-keeps its values where it can. Then the format that the container has for that (`candidates`): the smallest that holds the same
-values, else the nearest. What was written is read again and compared, code for code, before it gets its name.
+What was written is read again and compared before it gets its name. Containers that can be streamed are written piece by piece,
+and a run that was stopped goes on where it was (containers/streaming.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nybble.containers import find_container, open_contents
-from nybble.containers.contents import FLOAT_TAGS, Contents
-from nybble.containers.float import is_transposed
-from nybble.containers.saving import check_room, check_target, container_of, digest_of, save
-from nybble.errors import NumericError, UsageError
-from nybble.formats import Format, QTensor, parse_format
-from nybble.formats.recast import Recast, compare, recast
-from nybble.methods import Method, parse_method
-from nybble.models.arch import table_for
-from nybble.models.checkpoint import unpickle_folder
-from nybble.models.info import TensorInfo
-from nybble.plan import CAST_TAGS, Plan, Recipe, make_plan
+from nybble.containers.contents import Contents
+from nybble.containers.saving import check_room, check_target, container_of, save
+from nybble.containers.streaming import Stream, run_stream
+from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_specs, describe_contents
+from nybble.errors import OutputError, UsageError
+from nybble.files.job import Job, has_begun, job_folder, open_job
+from nybble.forecast import Forecast, forecast
+from nybble.formats import parse_format
+from nybble.methods import parse_method
+from nybble.models.checkpoint import tensors_sha256, unpickle_folder
+from nybble.models.filling import check_filling
+from nybble.models.mapped import give_back
+from nybble.plan import Recipe, make_plan
+from nybble.version import __version__
 
-Progress = Callable[[str, int, int], None]
-"""Called with (name of the tensor, tensors done, tensors in all)."""
-KINDS = {"token table": "embedding", "position table": "positions", "head": "head"}
-SAME = 1e-5
-"""Squared error, as a share, below which a format counts as another one with its scales rounded: half of a half's last place."""
+PLACEHOLDER = "0" * 64
+"""Stands for a digest that is not known before all is read: what it replaces is as long."""
+MOST_THREADS = 4
 
 
 @contextmanager
@@ -53,24 +53,8 @@ def opened(path: str | Path, allow_pickle: bool = False) -> Iterator[Contents]:
         copy = Path(folder) / path.resolve().name  # a model's name is its folder's
         copy.mkdir()
         contents = open_contents(unpickle_folder(path, copy))
-        yield dataclasses.replace(contents, bytes=sum(file.stat().st_size for file in path.glob("*.bin")))
-
-
-@dataclass(frozen=True)
-class Step:
-    """What became of one tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    before: str
-    """Format spec, or dtype tag of a float."""
-    after: str
-    exact: bool
-    """It decodes to the same floats, to the bit."""
-    error: float
-    """Squared error, as a share of the squares of what was there before."""
-    energy: float
-    """Those squares; 0 where nothing changed."""
+        pickled = tuple(sorted(path.glob("*.bin")))
+        yield dataclasses.replace(contents, files=pickled, bytes=sum(file.stat().st_size for file in pickled))
 
 
 @dataclass(frozen=True)
@@ -106,14 +90,24 @@ def convert(
     options: Mapping[str, str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    restart: bool = False,
+    threads: int | None = None,
+    memory: int | None = None,
+    announce: Callable[[str], None] = lambda remark: None,
+    measures: bool = True,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Write a model in another container.
 
     `source` is whatever `open_contents` opens; `container` follows from the name of `target` where it is not given: gguf for
     `.gguf`, else nybble. `to` is a format or mix for every weight, with `keep` and `rules` as in a recipe; without it every
     weight keeps its format as far as the container has it. `method` chooses codes where a weight is rounded: one that reads no
-    calibration text. Raises UsageError for what the container cannot hold, which it lists; InputError for the source;
-    NumericError naming the tensor; OutputError where the target cannot be written.
+    calibration text. A run that was stopped goes on with the same arguments; `restart` forgets it. `threads` make tensors at
+    once; `memory` limits the bytes that this process holds; `announce` is told what it will take before the work, and what an
+    earlier run left, if any. Without `measures` the steps do not say what rounding cost. `provenance` is added to what the file
+    says of itself; a `source_sha256` in it is filled in. Raises UsageError for what the container cannot hold, which it lists,
+    and where a run of something else was stopped; InputError for the source; NumericError naming the tensor; OutputError where
+    the target cannot be written.
     """
     target = Path(target)
     module = find_container(container_of(target, container))
@@ -124,12 +118,167 @@ def convert(
         raise UsageError("keep and rules say what else becomes of some weights; give the format of the others with --to")
     chosen = check_target(module.NAME, target, force, options or {})
     contents = source if isinstance(source, Contents) else open_contents(source)
-    plan = make_plan(describe_contents(contents), Recipe(to, str(parsed), tuple(keep), tuple(rules))) if to else None
-    work = _Work(contents, module, plan, parsed, progress)
-    result = work.contents()
-    check_room(target, work.bytes)
-    size = save(result, target, module.NAME, chosen, force, work.digests.__getitem__)
-    return Conversion(target, module.NAME, tuple(work.steps[name] for name in (*result.packed, *result.floats)), size)
+    recipe = Recipe(to, str(parsed), tuple(keep), tuple(rules)) if to else None
+    plan = make_plan(describe_contents(contents), recipe) if recipe else None
+    if plan is not None:
+        shapes = {name: shape for held in (contents.packed, contents.floats) for name, (_, shape) in held.items()}
+        check_filling(contents.config, shapes, contents.path)
+    streamed = streams(module.NAME) and bool(contents.files)
+    work = Work(contents, module, plan, parsed, None if streamed else progress, measures)
+    made: dict[str, Any] = (
+        {} if plan is None else {"plan_hash": plan.hash, "format": plan.recipe.format, "method": plan.recipe.method}
+    )
+    if plan is not None and provenance is not None:
+        made["bits_per_weight"] = round(plan.bpw, 6)
+    known = {**contents.provenance, **made, **(provenance or {})}
+    result = work.contents(known)
+    if not streamed:
+        check_room(target, work.bytes)
+        if memory is not None:
+            raise UsageError(f"--memory is for outputs that are written piece by piece; {module.NAME} is written at once")
+        size = save(result, target, module.NAME, chosen, force, work.digests.__getitem__)
+        return Conversion(target, module.NAME, work.steps(), size)
+    stream = module.stream(result, chosen)
+    facts = {
+        "version_of_nybble": __version__,
+        "format": None if recipe is None else recipe.format,
+        "method": str(parsed),
+        "choice_of_weights": [list(keep), [list(rule) for rule in rules]],
+        "container": [module.NAME, chosen],
+        "way_of_measuring": measures,
+        **_facts_of(contents),
+        "layout": sha256(stream.head(known)).hexdigest(),
+    }
+    work.parts = {}
+    try:
+        with open_job(target, facts, restart) as job:
+            if job.published:
+                _count(job, work)
+            else:
+                count = threads or min(MOST_THREADS, os.cpu_count() or 1)
+                expected = forecast(stream, result, parsed, target, count, memory, contents.bytes)
+                announce(str(expected))
+                if job.begun:
+                    announce(f"going on with what is in {job.folder}")
+                damaged = _stream(job, stream, work, known, progress, expected)
+                if damaged:
+                    announce(f"{damaged} pieces in {job.folder} were not what had been written; they were made again")
+                module.read(job.place)
+                job.publish()
+    except (KeyboardInterrupt, OutputError) as error:
+        if has_begun(target) and "is in use by" not in str(error):
+            announce(f"stopped; the same command goes on from {job_folder(target)}")
+        raise
+    size = target.stat().st_size if target.is_file() else sum(file.stat().st_size for file in target.iterdir())
+    return Conversion(target, module.NAME, work.steps(), size)
+
+
+def streams(container: str) -> bool:
+    """Whether a container is written piece by piece, by runs that go on after they were stopped."""
+    return hasattr(find_container(container), "stream")
+
+
+def made_by(source: Path, recipe: Recipe) -> dict[str, Any]:
+    """What a file says of how it was made: versions, recipe, source; the source's digest is filled in when it has been read."""
+    return {
+        "nybble": __version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "keep": list(recipe.keep),
+        "rules": [list(rule) for rule in recipe.rules],
+        "source": source.resolve().name,
+        "source_sha256": PLACEHOLDER,
+    }
+
+
+def _facts_of(contents: Contents) -> dict[str, Any]:
+    """What tells that a source is the same as before, file by file."""
+    found: dict[str, Any] = {"config": sha256(repr(sorted(contents.config.items(), key=str)).encode()).hexdigest()}
+    for file in contents.files:
+        status = file.stat()
+        found[f"file_{file.name}"] = [status.st_size, status.st_mtime_ns]
+    for name, content in sorted(contents.extras.items()):
+        found[f"file_{name}"] = sha256(content).hexdigest()
+    return found
+
+
+def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progress: Progress | None, expected: Forecast) -> int:
+    """Make what is missing of a job's output, all but its name; returns how many pieces were damaged."""
+    digests = SourceDigests(work.source) if known.get("source_sha256") == PLACEHOLDER else None
+
+    def watch(name: str, rows: slice | None, note: Any) -> Any:
+        made = work.parts.pop((name, rows.start if rows else 0), NO_COST) if work.parts is not None else NO_COST
+        cost = made if note is None else _cost(note)
+        work.add(name, cost)
+        digest = None if digests is None else digests.see(name, rows, note is not None, None if note is None else note[3])
+        if name in work.source.floats:
+            give_back(work.source_rows(name, rows))
+        return (*cost, digest)
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("", done, total)
+
+    def provenance() -> Mapping[str, Any]:
+        return known if digests is None else {**known, "source_sha256": digests.all()}
+
+    return run_stream(job, stream, watch, provenance, report, expected.threads, expected.rows_weights)
+
+
+def _count(job: Job, work: Work) -> None:
+    """Take up what a finished job said of its tensors."""
+    for record in job.journal.records:
+        for key, _, _, note in record.get("pieces", ()):
+            work.add(key.partition("[")[0], _cost(note))
+
+
+def _cost(note: Any) -> Cost:
+    """What a piece's note says of its cost."""
+    return bool(note[0]), float(note[1]), float(note[2])
+
+
+class SourceDigests:
+    """SHA-256 of every tensor of a float source, taken as its rows come by."""
+
+    def __init__(self, source: Contents) -> None:
+        self.source = source
+        self._under_way: dict[str, Any] = {}
+        self._waiting: dict[str, list[slice | None]] = {}
+        """Rows that an earlier run finished: read again only where it did not come to the tensor's end."""
+        self._done: dict[str, str] = {}
+
+    def see(self, name: str, rows: slice | None, finished: bool, noted: str | None) -> str | None:
+        """Some rows of a tensor, in order. `noted` is what this returned for rows that an earlier run finished. Returns the
+        tensor's digest after its last rows."""
+        if noted is not None:
+            self._done[name] = noted
+            return noted
+        if name not in self.source.floats:
+            return None
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(rows)
+        last = rows is None or rows.stop == self.source.floats[name][1][0]
+        if finished and not last:
+            return None
+        digest = self._under_way.setdefault(name, sha256())
+        for part in waiting:
+            self._update(digest, name, part)
+        waiting.clear()
+        if last:
+            self._done[name] = self._under_way.pop(name).hexdigest()
+        return self._done.get(name)
+
+    def all(self) -> str:
+        """Of the whole source, as `Checkpoint.sha256` has it; tensors that nothing was made of are read now."""
+        for name in self.source.floats:
+            if name not in self._done:
+                self.see(name, None, False, None)
+        found = {name: (tag, shape, self._done[name]) for name, (tag, shape) in self.source.floats.items()}
+        return tensors_sha256(self.source.path, found)
+
+    def _update(self, digest: Any, name: str, rows: slice | None) -> None:
+        values = self.source.read_float(name)
+        digest.update(np.ascontiguousarray(values if rows is None else values[rows]).reshape(-1).view(np.uint8))
 
 
 def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
@@ -140,226 +289,7 @@ def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
     found = []
     for row in make_plan(describe_contents(contents), recipe).packed:
         rows, columns = row.tensor.shape
-        specs = _specs(module, contents, row.tensor.name, parse_format(str(row.format)), (rows, columns), asked=True)
+        specs = candidate_specs(module, contents, row.tensor.name, parse_format(str(row.format)), (rows, columns), asked=True)
         if all(parse_format(spec).is_cast for spec in specs) and not parse_format(str(row.format)).is_cast:
             found.append(row.tensor.name)
     return found
-
-
-def describe_contents(contents: Contents) -> list[TensorInfo]:
-    """Every tensor of a model as a plan takes it, from its names and shapes alone. A head that is tied stands once, with its
-    table of tokens."""
-    table = table_for(str(contents.config.get("model_type")))
-    tied = bool(contents.config.get("tie_word_embeddings", table.ties_by_default))
-    head, tokens = table.tied or ("", "")
-    infos = []
-    for name, shape, dtype in (
-        *((name, shape, "F32") for name, (_, shape) in contents.packed.items()),
-        *((name, shape, tag) for name, (tag, shape) in contents.floats.items()),
-    ):
-        if tied and name == f"{head}.weight":
-            continue
-        matrix = name in contents.packed or (len(shape) == 2 and name.endswith("weight") and dtype in FLOAT_TAGS)
-        transposed = name in contents.floats and is_transposed(contents.config, name)
-        kind = kind_of(contents, name) if matrix else "float"
-        infos.append(
-            TensorInfo(
-                name=name,
-                aliases=(f"{head}.weight",) if tied and name == f"{tokens}.weight" else (),
-                kind={"float": "float", "linear": "conv1d" if transposed else "linear", "head": "linear"}.get(kind, "embedding"),
-                shape=(shape[1], shape[0]) if transposed else tuple(shape),
-                dtype=dtype,
-                block=table.block_of(name),
-                role=table.role_of(name),
-                reason="" if matrix else "bias" if name.endswith("bias") else "norm gain or other vector",
-            )
-        )
-    return infos
-
-
-def kind_of(contents: Contents, name: str) -> str:
-    """What a matrix is to a container: linear, head, embedding or positions; by its architecture's table, or by its name."""
-    table = table_for(str(contents.config.get("model_type")))
-    role = table.role_of(name)
-    if role:
-        return KINDS.get(role, "linear")
-    words = name.lower()
-    if "lm_head" in words:
-        return "head"
-    if "position" in words or words.endswith("wpe.weight"):
-        return "positions"
-    return "embedding" if "embed" in words or words.endswith("wte.weight") else "linear"
-
-
-class _Work:
-    """A conversion while it goes on: what each tensor becomes, and what that cost."""
-
-    def __init__(
-        self, source: Contents, module: ModuleType, plan: Plan | None, method: Method, progress: Progress | None
-    ) -> None:
-        self.source, self.module, self.method, self.progress = source, module, method, progress
-        self.wanted = {row.tensor.name: row.format for row in plan.rows} if plan else {}
-        self.plan = plan
-        self.steps: dict[str, Step] = {}
-        self.digests: dict[str, str] = {}
-        self.specs: dict[str, str] = {}
-        """Name of each matrix -> the format that it is written in."""
-        self.tags: dict[str, str] = {}
-        """Name of each other tensor -> its dtype tag."""
-        names = {info.name for info in describe_contents(source)}
-        for name in source.packed:
-            self.specs[name] = self._choose(name)
-        for name, (tag, shape) in source.floats.items():
-            if name not in names:  # a tied head: its table stands for it
-                continue
-            if len(shape) == 2 and tag in FLOAT_TAGS and name.endswith("weight"):
-                self.specs[name] = self._choose(name)
-            else:
-                self.tags[name] = CAST_TAGS[plan.recipe.format] if plan and plan.is_cast and tag in FLOAT_TAGS else tag
-
-    def shape(self, name: str) -> tuple[int, int]:
-        """[out, in] of a matrix."""
-        if name in self.source.packed:
-            return self.source.packed[name][1]
-        first, second = self.source.floats[name][1]
-        return (second, first) if is_transposed(self.source.config, name) else (first, second)
-
-    @property
-    def bytes(self) -> int:
-        """Of all tensors as they are written."""
-        matrices = sum(parse_format(spec).stored_bits(self.shape(name)) // 8 for name, spec in self.specs.items())
-        return matrices + sum(4 * int(np.prod(self.source.floats[name][1])) for name in self.tags)
-
-    def contents(self) -> Contents:
-        """What is written. A tensor is made when the container asks for it."""
-        plan = (
-            {"plan_hash": self.plan.hash, "format": self.plan.recipe.format, "method": self.plan.recipe.method}
-            if self.plan
-            else {}
-        )
-        packed = {name: (spec, self.shape(name)) for name, spec in self.specs.items()}
-        return dataclasses.replace(
-            self.source,
-            container=self.module.NAME,
-            packed=packed,
-            floats={name: (tag, self.source.floats[name][1]) for name, tag in self.tags.items()},
-            read_packed=self._matrix,
-            read_float=self._float,
-            read_stored=None,
-            provenance={**self.source.provenance, **plan},
-        )
-
-    def _choose(self, name: str) -> str:
-        """The format of a matrix in the container."""
-        asked = self._asked(name)
-        fmt = parse_format(asked)
-        specs = _specs(self.module, self.source, name, fmt, self.shape(name), asked=name in self.wanted)
-        if all(parse_format(spec).is_cast for spec in specs):  # floats stay of the type they are, or that of the model
-            tag = self.source.floats[name][0] if name in self.source.floats else self.source.float_tag
-            specs = tuple(sorted(specs, key=lambda spec: spec != _spec_of(tag)))
-            if name in self.source.floats and not fmt.is_cast:
-                return specs[0]
-        if len(specs) == 1 or str(fmt) in specs:
-            return str(fmt) if str(fmt) in specs else specs[0]
-        tensor = self._given(name, asked)  # codes that are there already: cheap to try
-        return next((spec for spec in specs if self._is_exact(tensor, parse_format(spec))), specs[0])
-
-    def _is_exact(self, tensor: QTensor, fmt: Format) -> bool:
-        done = recast(tensor, fmt)
-        settled = self._settled(done.tensor)
-        return done.exact and (settled is done.tensor or compare(tensor.decode(), settled).exact)
-
-    def _asked(self, name: str) -> str:
-        """The format that a matrix should have before the container has its say."""
-        given = self.source.packed[name][0] if name in self.source.packed else _spec_of(self.source.floats[name][0])
-        if self.plan is not None and self.plan.is_cast and name in self.source.floats:
-            return self.plan.recipe.format
-        return self.wanted.get(name) or given
-
-    def _given(self, name: str, asked: str) -> QTensor:
-        """A matrix in the format that is asked for."""
-        fmt = parse_format(asked)
-        if name in self.source.packed:
-            return recast(self.source.read_packed(name), fmt).tensor
-        return self._round(name, self._weight(name), fmt)
-
-    def _weight(self, name: str) -> NDArray[np.float32]:
-        """A float matrix [out, in]."""
-        values = self.source.float32(name)
-        return np.ascontiguousarray(values.T) if is_transposed(self.source.config, name) else values
-
-    def _round(self, name: str, weight: NDArray[np.float32], fmt: Format) -> QTensor:
-        try:
-            return self.method.quantize(weight, fmt) if not fmt.is_cast else QTensor(fmt, *fmt.round(weight))
-        except NumericError as error:
-            raise NumericError(f"{name}: {error}") from error
-
-    def _matrix(self, name: str) -> QTensor:
-        spec = self.specs[name]
-        fmt, asked = parse_format(spec), parse_format(self._asked(name))
-        if name in self.source.packed:
-            given = self.source.read_packed(name)
-            before = str(given.format)
-            tensor = recast(given, asked).tensor if asked != fmt else given
-            made = self._settled(recast(tensor, fmt).tensor)
-            done = Recast(made, True, 0.0, 0.0) if made is given else compare(given.decode(), made)
-        else:
-            before, weight = self.source.floats[name][0], self._weight(name)
-            if fmt.is_cast:
-                made = self._round(name, weight, fmt)
-            else:
-                made = self._settled(recast(self._round(name, weight, asked), fmt).tensor)
-            done = Recast(made, True, 0.0, 0.0) if spec == _spec_of(before) else compare(weight, made)
-        self._note(Step(name, self.shape(name), before, spec, done.exact, done.error, done.energy))
-        self.digests[name] = digest_of(made)
-        return made
-
-    def _settled(self, tensor: QTensor) -> QTensor:
-        """A tensor whose params the container can store, where that is coarser than the format."""
-        return self.module.settle(tensor) if hasattr(self.module, "settle") else tensor
-
-    def _float(self, name: str) -> NDArray[Any]:
-        tag, values = self.source.floats[name][0], self.source.read_float(name)
-        exact, error, energy = True, 0.0, 0.0
-        if self.tags[name] != tag:
-            wide = self.source.float32(name)
-            fmt = parse_format(_spec_of(self.tags[name]))
-            cast = compare(wide.reshape(1, -1), self._round(name, wide.reshape(1, -1), fmt))
-            values = cast.tensor.stored()["values"].reshape(wide.shape)
-            exact, error, energy = cast.exact, cast.error, cast.energy
-        self._note(Step(name, values.shape, tag, self.tags[name], exact, error, energy))
-        return values
-
-    def _note(self, step: Step) -> None:
-        self.steps[step.name] = step
-        if self.progress is not None:
-            self.progress(step.name, len(self.steps), len(self.specs) + len(self.tags))
-
-
-def _specs(
-    module: ModuleType, contents: Contents, name: str, fmt: Format, shape: tuple[int, int], asked: bool
-) -> tuple[str, ...]:
-    """A container's candidates for a weight. Raises UsageError where it has none, and where a format was `asked` for by name and
-    the candidates are others: a near miss is for what is there already."""
-    specs: tuple[str, ...] = module.candidates(fmt, shape, kind_of(contents, name))
-    if asked:
-        specs = tuple(spec for spec in specs if _holds(parse_format(spec), fmt))
-    if not specs:
-        raise UsageError(
-            f"{module.NAME} cannot hold {name} {list(shape)} in {fmt}: it holds {module.HOLDS}; "
-            "name one of them with --to, or another container with --file"
-        )
-    return specs
-
-
-@cache
-def _holds(there: Format, fmt: Format) -> bool:
-    """Whether a format holds what another does, but for the rounding of scales to its storage type. Found out on a sample."""
-    if there.is_cast or there == fmt:
-        return True
-    sample = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
-    return recast(QTensor(fmt, *fmt.round(sample)), there).error < SAME
-
-
-def _spec_of(tag: str) -> str:
-    return {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}[tag]

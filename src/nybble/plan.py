@@ -106,8 +106,9 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of recipe and rows."""
-        content = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """SHA-256 of recipe and rows, in whatever order these are."""
+        ordered = dataclasses.replace(self, rows=tuple(sorted(self.rows, key=lambda row: row.tensor.name)))
+        content = json.dumps(dataclasses.asdict(ordered), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
 

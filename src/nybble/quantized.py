@@ -154,16 +154,19 @@ def load(path: str | Path, dtype: str = "fp32") -> Quantized:
 def model_of(contents: Contents, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The torch model of a container that transformers does not open by itself; it computes with packed weights."""
     state: dict[str, torch.Tensor] = {}
-    entry: dict[str, Any] = {}
+    schemes = {}
     for name in contents.packed:
         tensor = contents.read_packed(name)
-        entry[name] = tensor
+        if tensor.activations:
+            schemes[name] = tensor.activations
         inputs = tensor.activations.stored() if tensor.activations else {}
         for suffix, array in (*tensor.stored().items(), *inputs.items()):
             state[f"{name}.{suffix}"] = _torch(array, "BF16" if str(tensor.format) == "bf16" else "")
     for name, (tag, _) in contents.floats.items():
         state[name] = _torch(contents.read_float(name), tag)
-    config = {**contents.config, "quantization_config": config_entry(entry)} if entry else dict(contents.config)
+    config = dict(contents.config)
+    if contents.packed:
+        config["quantization_config"] = config_entry(contents.packed, schemes)
     return load_state(config, state, dtype, contents.path)
 
 

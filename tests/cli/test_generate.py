@@ -210,7 +210,7 @@ def test_an_interrupt_ends_the_line(packed: Path, environment: dict[str, str]) -
     assert done.stdout.startswith(PROMPT)
     assert done.stdout.endswith("\n")
     assert len(done.stdout) > len(PROMPT) + 2
-    assert done.stderr.splitlines() == ["nybble: error: interrupted; nothing half-written was left behind"]
+    assert done.stderr.splitlines() == ["nybble: error: interrupted; no half-written output was left behind"]
 
 
 def test_a_closed_pipe_ends_it_quietly(packed: Path, environment: dict[str, str]) -> None:

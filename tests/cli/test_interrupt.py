@@ -122,11 +122,34 @@ def test_an_earlier_output_survives_an_interrupted_one(start: Start, tmp_path: P
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_quantize(sent: signal.Signals, start: Start, tmp_path: Path) -> None:
-    process = start("quantize", str(model_folder()), "--to", "int4:g64", "--method", "rtn:mse", "-o", "out")
+def test_quantize_with_the_model_in_memory(sent: signal.Signals, start: Start, tmp_path: Path) -> None:
+    calibrated = ("--method", "gptq", "--calibrate", "self", "--windows", "2")
+    process = start("quantize", str(model_folder()), "--to", "int4:g64", *calibrated, "-o", "out")
     wait_for(loaded_torch(process), process)
     process.send_signal(sent)
     check_interrupted(process, tmp_path, {"tmp"})
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_quantize_goes_on(sent: signal.Signals, start: Start, tmp_path: Path) -> None:
+    command = ("quantize", str(model_folder()), "--to", "int4:g64", "--method", "hqq", "--threads", "1", "-o", "out")
+    process = start(*command)
+    wait_for((tmp_path / "out.part" / "out").exists, process)
+    process.send_signal(sent)
+    stderr = process.communicate(timeout=90)[1]
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1] == "nybble: error: interrupted; no half-written output was left behind"
+    assert not (tmp_path / "out").exists()
+    left = {path.name for path in tmp_path.iterdir()}
+    if left != {"tmp"}:  # something was finished
+        assert left == {"tmp", "out.part"}
+        assert stderr.splitlines()[-2] == f"stopped; the same command goes on from {tmp_path / 'out.part'}"
+    again = start(*command)
+    assert again.wait(90) == 0
+    whole = start(*command[:-1], "whole")
+    assert whole.wait(90) == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"tmp", "out", "whole"}
 
 
 def test_workers_die_with_a_killed_parent(start: Start, tmp_path: Path) -> None:
@@ -157,8 +180,9 @@ def test_killed_worker(kind: str, what: str, start: Start, tmp_path: Path) -> No
 def test_one_of_several_processes_takes_nothing_apart(size: int, environment: dict[str, str]) -> None:
     """Where torchrun started it, no thread of another library can fall over an interpreter that is half gone."""
     lines = ("import atexit, sys", "from nybble.cli import main", "atexit.register(print, 'apart')", "main()")
+    command = [sys.executable, "-c", "\n".join(lines), "formats"]
     several = {**environment, "WORLD_SIZE": str(size)}
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines), "formats"], env=several, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=several, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "int4" in done.stdout
     assert ("apart" in done.stdout) == (size == 1)

@@ -16,7 +16,8 @@ import nybble
 from nybble.containers import KINDS, container_names, find_container, open_contents
 from nybble.containers.contents import Contents
 from nybble.containers.saving import digest_of
-from nybble.convert import convert, kind_of
+from nybble.convert import convert
+from nybble.converting import kind_of
 from nybble.engine import Decoder
 from nybble.errors import InputError, UsageError
 from nybble.formats import format_names, parse_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from nybble import demo
 from nybble.containers import find_container, open_contents
 from nybble.containers.saving import digest_of
-from nybble.convert import Conversion, convert, describe_contents, stay_float
+from nybble.convert import Conversion, convert, stay_float
+from nybble.converting import describe_contents
 from nybble.errors import InputError, OutputError, UsageError
 from nybble.formats import parse_format
 from nybble.plan import Recipe
@@ -151,7 +153,21 @@ def test_nothing_is_replaced_unasked(int4: Path, tmp_path: Path) -> None:
 
 
 def test_what_does_not_read_back_is_not_kept(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = find_container("nybble")
+    real = os.pwrite
+
+    def broken(file: int, data: Any, at: int) -> int:
+        turned = bytearray(data)
+        turned[len(turned) // 2] ^= 0xFF
+        return real(file, turned, at)
+
+    monkeypatch.setattr(os, "pwrite", broken)
+    with pytest.raises(OutputError, match="does not read back; the disk may be failing"):
+        convert(int4, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_container_does_not_read_back(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = find_container("gptq")
     real = module.write
 
     def broken(path: Path, contents: Any, options: Any) -> None:
@@ -164,17 +180,18 @@ def test_what_does_not_read_back_is_not_kept(int4: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(module, "write", broken)
     with pytest.raises(OutputError, match="does not read back as it was written"):
-        convert(int4, tmp_path / "out")
+        convert(demo.model_folder(), tmp_path / "out", "gptq", "int4:g64", keep=["wte", "wpe"])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_found_before_the_work(int4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("container", ["nybble", "gptq"])
+def test_a_full_disk_is_found_before_the_work(container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
     from types import SimpleNamespace
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OutputError, match=r"takes about \d+ MB"):
-        convert(int4, tmp_path / "out")
+    with pytest.raises(OutputError, match=r"takes about [\d.]+ MB"):
+        convert(demo.model_folder(), tmp_path / "out", container, "int4:g64", keep=["wte", "wpe"])
 
 
 def test_description_without_torch_is_that_of_the_model() -> None:

@@ -8,9 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError, InputError
-from nybble.files.native import WEIGHTS, TaggedArray, config_entry, is_native, open_native, read_entry, write_native
+from nybble.files.native import (
+    WEIGHTS,
+    config_entry,
+    file_metadata,
+    is_native,
+    open_native,
+    read_entry,
+    stored_arrays,
+    stored_entries,
+)
 from nybble.files.safetensors import SafetensorsFile, write
 from nybble.formats import QTensor, parse_format
 
@@ -38,16 +48,33 @@ def tensors() -> dict[str, QTensor]:
     return found
 
 
-FLOATS: list[tuple[str, TaggedArray]] = [
+FLOATS: list[tuple[str, tuple[str, NDArray[Any]]]] = [
     ("norm.weight", ("F32", np.ones(5, dtype=np.float32))),
     ("norm.bias", ("BF16", np.array([0x3F80, 0xC000], dtype=np.uint16))),
 ]
 
 
+def write_file(
+    folder: Path, packed: dict[str, QTensor], floats: list[tuple[str, tuple[str, NDArray[Any]]]], provenance: Any
+) -> int:
+    arrays: dict[str, NDArray[Any]] = {}
+    tags: dict[str, str] = {}
+    for name, tensor in packed.items():
+        arrays.update(stored_arrays(name, tensor))
+        tags.update({key: tag for key, (tag, _) in stored_entries(name, str(tensor.format), tensor.shape, None).items()})
+    for name, (tag, array) in floats:
+        arrays[name], tags[name] = array, tag
+    return write(folder / WEIGHTS, arrays, file_metadata(provenance), tags)
+
+
+def entry_of(packed: dict[str, QTensor]) -> dict[str, Any]:
+    return config_entry({name: (str(tensor.format), tensor.shape) for name, tensor in packed.items()})
+
+
 def make(folder: Path) -> None:
     folder.mkdir()
-    write_native(folder, tensors(), FLOATS, {"plan_hash": "abc"})
-    config = {"model_type": "gpt2", "quantization_config": config_entry(tensors())}
+    write_file(folder, tensors(), FLOATS, {"plan_hash": "abc"})
+    config = {"model_type": "gpt2", "quantization_config": entry_of(tensors())}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
@@ -62,10 +89,10 @@ def test_write_read_write_is_byte_identical(folder: Path, tmp_path: Path) -> Non
     floats = [(name, (native.file.entries[name].dtype, native.file.read(name))) for name, _ in FLOATS]
     (tmp_path / "again").mkdir()
     read = native.read_all()
-    size = write_native(tmp_path / "again", read, floats, native.provenance)
+    size = write_file(tmp_path / "again", read, floats, native.provenance)
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     assert size == (folder / WEIGHTS).stat().st_size
-    assert config_entry(read) == config_entry(tensors())
+    assert entry_of(read) == entry_of(tensors())
 
 
 def test_what_is_read_is_what_was_written(folder: Path) -> None:
@@ -147,7 +174,7 @@ def test_a_missing_folder_or_file(folder: Path, tmp_path: Path) -> None:
     ("field", "value"), [("shape", [4, 102]), ("shape", [8, 50]), ("format", "int5:g64"), ("format", "fp16")]
 )
 def test_arrays_that_do_not_fit_their_format(field: str, value: Any, folder: Path) -> None:
-    entry = config_entry(tensors())
+    entry = entry_of(tensors())
     entry["tensors"]["layer.3.weight"][field] = value
     (folder / "config.json").write_text(json.dumps({"quantization_config": entry}), encoding="utf-8")
 

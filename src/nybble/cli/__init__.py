@@ -89,7 +89,7 @@ def main() -> NoReturn:
             _show_traceback()
         code = _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing half-written was left behind", INTERRUPTED)
+        code = _fail("interrupted; no half-written output was left behind", INTERRUPTED)
     except Misuse as error:
         code = _fail(f"{error.format_message()} (nybble --help, or nybble VERB --help)", 2)  # type: ignore[attr-defined]
     except BrokenPipeError:  # `nybble plan | head`

@@ -87,7 +87,7 @@ class ProgressLine:
 
     def remark(self, text: str) -> None:
         """A line that stays."""
-        self._bar.console.print(text, markup=False)
+        self._bar.console.print(clean(text), markup=False, soft_wrap=True)
 
 
 @contextmanager

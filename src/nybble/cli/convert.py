@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli import console
+from nybble.errors import UsageError
 
 if TYPE_CHECKING:
     from nybble.convert import Conversion
@@ -44,11 +45,18 @@ def run(
         bool, typer.Option("--allow-pickle", help="Read *.bin files, by nybble's own reader, which runs nothing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left, and begin anew.")] = False,
+    memory: Annotated[str | None, typer.Option(help="Hold no more than this, for example 2GB.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Tensors made at once; default all cores, at most 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="What was done, as JSON on standard output.")] = False,
 ) -> None:
     """Open, convert, say what it cost."""
     from nybble.convert import convert, opened
+    from nybble.forecast import parse_size
     from nybble.models.hub import resolve
+
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"{threads} threads: give 1 to 1024")
 
     rules = console.parse_rules(rule or ())
     options = console.parse_options(option or ())
@@ -64,6 +72,10 @@ def run(
             options,
             force,
             progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
+            restart=restart,
+            threads=threads,
+            memory=None if memory is None else parse_size(memory),
+            announce=bar.remark,
         )
         before = contents.bytes
     if as_json:

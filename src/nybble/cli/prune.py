@@ -13,10 +13,14 @@ from nybble.cli.quantize import (
     Force,
     Job,
     Layers,
+    Memory,
     Model,
     Options,
     Output,
+    Pace,
+    Restart,
     Rules,
+    Threads,
     Window,
     Windows,
     carry_out,
@@ -63,6 +67,9 @@ def run(
     option: Options = None,
     layers: Layers = False,
     force: Force = False,
+    restart: Restart = False,
+    memory: Memory = None,
+    threads: Threads = None,
 ) -> None:
     """Turn the sparsity into options of the method; the rest is quantization."""
     from nybble.errors import UsageError
@@ -73,7 +80,7 @@ def run(
         raise UsageError(f"method {method} makes no weight zero; use {', '.join(METHODS)}, or two together: wanda+gptq")
     container = file or (None if output.suffix == ".gguf" else CONTAINER)
     job = Job(model, output, to, spec, tuple(keep or ()), tuple(rule or ()), calibrate, windows, window, by_document, seed)
-    carry_out(job, container, option or [], layers, force)
+    carry_out(job, container, option or [], layers, force, Pace(restart, memory, threads))
 
 
 def sparsity_option(text: str) -> str:

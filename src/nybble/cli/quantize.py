@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.cli import console
 from nybble.cli.convert import show as show_conversion
+from nybble.errors import UsageError
+
+if TYPE_CHECKING:
+    from nybble.convert import Conversion
+    from nybble.plan import Recipe
 
 NAME = "quantize"
 HELP = """Quantize a model and save it as a folder that nybble.load and, after `import nybble`, transformers open, or for others.
@@ -37,6 +42,11 @@ ByDocument = Annotated[bool, typer.Option("--by-document", help="Cut each window
 Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the container. Repeatable.")]
 Layers = Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left, and begin anew.")]
+Memory = Annotated[str | None, typer.Option(help="Hold no more than this, for example 2GB; methods without calibration text.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Tensors made at once, without calibration text; default the cores, at most 4.")
+]
 """Options that `prune` has too."""
 
 
@@ -60,10 +70,13 @@ def run(
     option: Options = None,
     layers: Layers = False,
     force: Force = False,
+    restart: Restart = False,
+    memory: Memory = None,
+    threads: Threads = None,
 ) -> None:
     """Check that the output can be written, quantize, save."""
     job = Job(model, output, to, method, tuple(keep or ()), tuple(rule or ()), calibrate, windows, window, by_document, seed)
-    carry_out(job, file, option or [], layers, force)
+    carry_out(job, file, option or [], layers, force, Pace(restart, memory, threads))
 
 
 @dataclass(frozen=True)
@@ -84,11 +97,20 @@ class Job:
     seed: int
 
 
-def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force: bool) -> None:
+@dataclass(frozen=True)
+class Pace:
+    """How it is to be made: nothing of this changes what is made."""
+
+    restart: bool
+    memory: str | None
+    threads: int | None
+
+
+def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force: bool, pace: Pace) -> None:
     """Quantize and save; say what it takes on disk."""
     from nybble.calibrate.source import read_calibration
     from nybble.containers.saving import check_target, container_of
-    from nybble.convert import convert, stay_float
+    from nybble.convert import convert, stay_float, streams
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
@@ -109,6 +131,13 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     check_float(checkpoint)
     to = job.to or {"F16": "fp16", "BF16": "bf16"}.get(checkpoint.float_tag, "fp32")
     keep = [*job.keep, *stay_float(folder, container, Recipe(to, job.method, job.keep, tuple(rules)))]
+    if streams(container) and (calibration is None or not wanted.uses_calibration):
+        recipe = Recipe(to, job.method, tuple(keep), tuple(rules))
+        done = _piece_by_piece(folder, output, container, recipe, options, force, pace)
+        _say(container, done, checkpoint.bytes)
+        return
+    if pace.memory is not None or pace.threads is not None or pace.restart:
+        raise UsageError("--memory, --threads and --restart go with methods that read no calibration text, and not with this")
     with console.progress() as bar:
         bar.update("", "loading the model", 0.0)
         from nybble.run import quantize
@@ -133,11 +162,53 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     if layers and quantized.accounts:
         show_accounts(quantized.accounts)
     if container != "nybble":
-        show_conversion(written, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
+        show_conversion(written, checkpoint.bytes)
         return
+    _say_size(output, checkpoint.bytes, quantized.provenance["bits_per_weight"])
+
+
+def _piece_by_piece(
+    folder: Path, output: Path, container: str, recipe: Recipe, options: dict[str, str], force: bool, pace: Pace
+) -> Conversion:
+    """Without calibration text: tensor by tensor, the model never held."""
+    from nybble.convert import convert, made_by
+    from nybble.forecast import parse_size
+
+    memory = None if pace.memory is None else parse_size(pace.memory)
+    if pace.threads is not None and not 1 <= pace.threads <= 1024:
+        raise UsageError(f"{pace.threads} threads: give 1 to 1024")
+    with console.progress() as bar:
+        return convert(
+            folder,
+            output,
+            container,
+            recipe.format,
+            recipe.method,
+            recipe.keep,
+            recipe.rules,
+            options,
+            force,
+            progress=lambda what, done, total: bar.update("", "quantizing", done / max(1, total)),
+            restart=pace.restart,
+            threads=pace.threads,
+            memory=memory,
+            announce=bar.remark,
+            measures=container != "nybble",
+            provenance=made_by(folder, recipe),
+        )
+
+
+def _say(container: str, done: Conversion, before: int) -> None:
+    from nybble.containers import open_contents
+
+    if container != "nybble":
+        show_conversion(done, before)
+        return
+    _say_size(done.path, before, open_contents(done.path).provenance["bits_per_weight"])
+
+
+def _say_size(output: Path, before: int, bits: float) -> None:
     size = (output / "model.safetensors").stat().st_size
-    before = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    bits = quantized.provenance["bits_per_weight"]
     typer.echo(
         f"{output}: {size / 1e6:.2f} MB ({size / before:.1%} of the source's {before / 1e6:.2f} MB), {bits:.4f} bits per weight"
     )

@@ -47,6 +47,10 @@ class Contents:
     """The float tensor of a name, as numpy has it (bfloat16: uint16 bit patterns)."""
     read_stored: Callable[[str], dict[str, NDArray[Any]]] | None = None
     """The arrays of `Format.storage` as they lie in the file, where they lie there as such: views, no codes unpacked."""
+    by_rows: frozenset[str] = frozenset()
+    """Names of tensors whose rows may be read apart, by `read_rows`: what they hold does not depend on the other rows."""
+    read_rows: Callable[[str, slice], Any] | None = None
+    """Some rows of such a tensor: a QTensor of a packed weight, an array of a float tensor."""
     schemes: Mapping[str, Activations] = field(default_factory=dict)
     """Name of a packed weight -> what becomes of its inputs; absent: they stay floats."""
     extras: Mapping[str, bytes] = field(default_factory=dict)
@@ -57,6 +61,8 @@ class Contents:
     """Facts of the container itself that `inspect` shows: version, checkpoint format, metadata."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Bytes that a packed weight takes in the file, where that is not what its format stores."""
+    files: tuple[Path, ...] = ()
+    """The file or files with weights that it was read from; none where it was not."""
     bytes: int = 0
     """Of the file, or of all files with weights."""
 
@@ -69,6 +75,12 @@ class Contents:
     def stored(self, name: str) -> dict[str, NDArray[Any]]:
         """The arrays of a packed weight as its format stores them: views of the file where it has them so."""
         return self.read_packed(name).stored() if self.read_stored is None else self.read_stored(name)
+
+    def part(self, name: str, rows: slice | None) -> Any:
+        """A tensor, or some rows of one that is in `by_rows`: a QTensor of a packed weight, an array of a float tensor."""
+        if rows is not None and self.read_rows is not None:
+            return self.read_rows(name, rows)
+        return self.read_packed(name) if name in self.packed else self.read_float(name)
 
     def float32(self, name: str) -> NDArray[np.float32]:
         """A float tensor widened to float32. Raises FileFormatError for one that holds no floats."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents, read_extras, write_extras
+from nybble.containers.streaming import Group, Stream, write_stream
 from nybble.errors import FileFormatError, InputError
-from nybble.files.safetensors import SafetensorsFile
-from nybble.files.safetensors import write as write_safetensors
+from nybble.files.safetensors import SafetensorsFile, layout
 from nybble.formats import Format, QTensor, parse_format
 from nybble.models.arch import table_for
 from nybble.models.checkpoint import open_checkpoint
@@ -52,6 +53,7 @@ def read(path: Path) -> Contents:
         read_float=lambda name: files[name].read(name),
         extras=read_extras(path),
         provenance=_provenance(opened[0]) if opened else {},
+        files=checkpoint.files,
         bytes=checkpoint.bytes,
     )
 
@@ -61,21 +63,47 @@ def candidates(fmt: Format, shape: tuple[int, int], kind: str) -> tuple[str, ...
     return (str(fmt),) if fmt.is_cast else ("fp32",)
 
 
-def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+def stream(contents: Contents, options: Mapping[str, str]) -> Stream:
     """A plain folder: `model.safetensors` and config.json. Matrices stand as the architecture stores them."""
-    arrays: dict[str, NDArray[Any]] = {}
-    tags: dict[str, str] = {}
-    for name in contents.packed:
-        tags[name], arrays[name] = float_matrix(contents, name)
-    for name, (tag, _) in contents.floats.items():
-        tags[name], arrays[name] = tag, contents.read_float(name)
-    metadata = {"format": "pt"}
-    if contents.provenance:
-        metadata["nybble"] = json.dumps(contents.provenance, sort_keys=True)
-    write_safetensors(path / WEIGHTS, arrays, metadata, tags)
-    config = {**contents.config, "dtype": _dtype(tags)}
+    groups = []
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (spec, shape) in contents.packed.items():
+        if spec not in TAGS:
+            raise FileFormatError(f"tensor {name!r} is {spec}, where a float belongs")
+        turned = is_transposed(contents.config, name)
+        entries[name] = TAGS[spec], shape[::-1] if turned else shape
+        groups.append(Group(name, shape, partial(_matrix, contents, name), name in contents.by_rows and not turned))
+    for name, (tag, whole) in contents.floats.items():
+        entries[name] = tag, whole
+        groups.append(Group(name, whole, partial(_float, contents, name), name in contents.by_rows))
+    config = {**contents.config, "dtype": _dtype({name: tag for name, (tag, _) in entries.items()})}
     config.pop("torch_dtype", None)
-    write_extras(path, config, contents.extras)
+
+    def head(provenance: Mapping[str, Any]) -> bytes:
+        return layout(entries, _metadata(provenance))[0]
+
+    first, places = layout(entries, _metadata(contents.provenance))
+    size = len(first) + sum(length for _, length in places.values())
+    return Stream(WEIGHTS, groups, places, size, head, lambda folder, provenance: write_extras(folder, config, contents.extras))
+
+
+def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+    """A plain folder, all at once."""
+    write_stream(path, stream(contents, options), contents.provenance)
+
+
+def _metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    return {"format": "pt", **({"nybble": json.dumps(provenance, sort_keys=True)} if provenance else {})}
+
+
+def _matrix(contents: Contents, name: str, rows: slice | None) -> dict[str, NDArray[Any]]:
+    if rows is None:
+        return {name: float_matrix(contents, name)[1]}
+    return {name: contents.part(name, rows).stored()["values"]}
+
+
+def _float(contents: Contents, name: str, rows: slice | None) -> dict[str, NDArray[Any]]:
+    return {name: contents.part(name, rows)}
 
 
 def float_matrix(contents: Contents, name: str) -> tuple[str, NDArray[Any]]:

@@ -9,6 +9,7 @@ as llama.cpp's keys say the same), `nybble.provenance`, and `nybble.file.NAME` (
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,9 @@ from nybble.containers.gguf_names import LEAVES, Place, order_back, places
 from nybble.containers.gguf_rebuild import files_of
 from nybble.containers.gguf_tokenizer import PREFIX
 from nybble.containers.gguf_write import CONFIG, FACTORS, FILE_TYPE_NAMES, PROVENANCE, Writer, make_metadata
+from nybble.containers.streaming import Stream, write_stream
 from nybble.errors import FileFormatError, InputError, UsageError, shown
-from nybble.files.gguf import MAGIC, GgufFile, write_gguf
+from nybble.files.gguf import MAGIC, GgufFile, layout
 from nybble.files.gguf_blocks import LAYOUTS, split
 from nybble.files.json_strict import parse_object
 from nybble.files.opening import open_file
@@ -97,6 +99,7 @@ def read(path: Path) -> Contents:
         extras=files_of(keys),
         provenance=_stored_object(keys, PROVENANCE),
         details=_details(file, keys),
+        files=(path,),
         bytes=path.stat().st_size,
     )
 
@@ -259,7 +262,7 @@ def candidates(fmt: Format, shape: tuple[int, int], kind: str) -> tuple[str, ...
     return ("q4_0",) if fmt.bits <= 4 else ("q5_0",) if fmt.bits == 5 else ("q8_0",)
 
 
-def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+def stream(contents: Contents, options: Mapping[str, str]) -> Stream:
     """A GGUF file of any container's contents; what came from a GGUF file keeps its keys.
 
     Raises InputError for a model or tokenizer that llama.cpp has no form of, UsageError for rounded activations.
@@ -272,5 +275,17 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     if table.gguf is None or table.decoding is None:
         raise InputError(f"nybble writes no GGUF file of model_type {shown(model_type)}; use another --file")
     check_same(contents.config, table)
-    tensors = Writer(contents, table).tensors()
-    write_gguf(path, make_metadata(contents, table, tensors, options), tensors)
+    writer = Writer(contents, table)
+    tensors = writer.tensors()
+
+    def head(provenance: Mapping[str, Any]) -> bytes:
+        known = dataclasses.replace(contents, provenance=provenance)
+        return layout(make_metadata(known, table, tensors, options), tensors)[0]
+
+    _, places, size = layout(make_metadata(contents, table, tensors, options), tensors)
+    return Stream("", writer.groups(tensors), places, size, head)
+
+
+def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+    """A GGUF file, all at once."""
+    write_stream(path, stream(contents, options), contents.provenance)

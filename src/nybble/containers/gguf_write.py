@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,12 @@ from nybble.containers.gguf_config import Keys, parts_of, rope_factors, to_keys
 from nybble.containers.gguf_names import LEAVES, Place, find, order_of_rows, places
 from nybble.containers.gguf_rebuild import stored_files
 from nybble.containers.gguf_tokenizer import no_tokenizer, tokenizer_keys
+from nybble.containers.streaming import Group
 from nybble.errors import InputError, shown
 from nybble.files.gguf import ALIGNMENT_KEY, Tensor
 from nybble.files.gguf_blocks import LAYOUTS, join
 from nybble.files.gguf_values import Value
+from nybble.formats import QTensor
 from nybble.models.arch import Architecture
 
 CONFIG, PROVENANCE = "nybble.config", "nybble.provenance"
@@ -129,6 +131,21 @@ class Writer:
         self.contents, self.table = contents, table
         how, _ = parts_of(table)
         self.gain_offset = np.float32(how.gain_offset)
+        self.sources: dict[str, tuple[Place, str, Callable[..., NDArray[Any]]]] = {}
+        """Name in the file -> (place, name of the tensor, what makes it or some rows of it)."""
+
+    def groups(self, tensors: Sequence[Tensor]) -> list[Group]:
+        """What makes them, in the same order: rows apart where none changes its place."""
+        found = []
+        for tensor in tensors:
+            source = self.sources.get(tensor.name)
+            if source is None:
+                found.append(Group(tensor.name, tensor.shape, partial(_whole, tensor)))
+                continue
+            place, name, make = source
+            apart = name in self.contents.by_rows and not place.heads and not (place.transposed and name in self.contents.floats)
+            found.append(Group(name, tensor.shape, partial(_made, tensor.name, make), apart))
+        return found
 
     def tensors(self) -> list[Tensor]:
         """In the order of the architecture's table. Raises InputError for a tensor that has no place in a file, or is missing."""
@@ -164,11 +181,12 @@ class Writer:
             raise InputError(f"tensor {shown(name)} is {kind} {list(shape)}, which a GGUF file cannot hold")
         wide = len(shape) == 1 or place.name == "position_embd"
         make = partial(self.packed if packed else self.float, place, name, wide)
+        self.sources[f"{place.name}{leaf}"] = place, name, make
         return Tensor(f"{place.name}{leaf}", "F32" if wide else kind, tuple(shape), make)
 
-    def packed(self, place: Place, name: str, wide: bool) -> NDArray[Any]:
-        """Bytes of a packed weight; as float32 where `wide`."""
-        tensor = self.contents.read_packed(name)
+    def packed(self, place: Place, name: str, wide: bool, rows: slice | None = None) -> NDArray[Any]:
+        """Bytes of a packed weight, or of some rows; as float32 where `wide`."""
+        tensor: QTensor = self.contents.part(name, rows)
         order = order_of_rows(tensor.shape[0], place.heads) if place.heads else slice(None)
         if wide:
             return tensor.decode()[order]
@@ -177,12 +195,20 @@ class Writer:
         params = {suffix: array[order] for suffix, array in tensor.params.items()}
         return join(str(tensor.format), tensor.codes[order], params)
 
-    def float(self, place: Place, name: str, wide: bool) -> NDArray[Any]:
-        """A float tensor as it lies in the file."""
-        values = self.contents.read_float(name)
+    def float(self, place: Place, name: str, wide: bool, rows: slice | None = None) -> NDArray[Any]:
+        """A float tensor, or some rows, as it lies in the file."""
+        values: NDArray[Any] = self.contents.part(name, rows)
         if wide:
             gain = self.gain_offset if values.ndim == 1 and name.endswith(".weight") else np.float32(0)
             values = widen(self.contents.floats[name][0], values, name) + gain
         if place.transposed and values.ndim == 2:
             values = values.T
         return values[order_of_rows(len(values), place.heads)] if place.heads else values
+
+
+def _whole(tensor: Tensor, rows: slice | None) -> dict[str, NDArray[Any]]:
+    return {tensor.name: tensor.data()}
+
+
+def _made(name: str, make: Callable[..., NDArray[Any]], rows: slice | None) -> dict[str, NDArray[Any]]:
+    return {name: make(rows=rows)}

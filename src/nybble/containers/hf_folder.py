@@ -50,6 +50,7 @@ class Folder:
         checkpoint = open_checkpoint(path)
         self.path = path
         self.bytes = checkpoint.bytes
+        self.files = checkpoint.files
         self.config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
         settings = checkpoint.config.get("quantization_config")
         if not isinstance(settings, dict) or settings.get("quant_method") != method:
@@ -151,6 +152,7 @@ class Folder:
             extras=read_extras(self.path),
             provenance=self._provenance(),
             details={key: value for key, value in self.settings.items() if not isinstance(value, dict | list)},
+            files=self.files,
             bytes=self.bytes,
         )
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents, read_extras, write_extras
-from nybble.files.native import config_entry, is_native, open_native, write_native
+from nybble.containers.streaming import Group, Stream, write_stream
+from nybble.files.native import WEIGHTS, config_entry, file_metadata, is_native, open_native, stored_arrays, stored_entries
+from nybble.files.safetensors import layout
 from nybble.formats import Format, parse_format
 from nybble.models.checkpoint import open_checkpoint
 
@@ -40,6 +46,7 @@ def read(path: Path) -> Contents:
         schemes=native.schemes,
         extras=read_extras(path),
         provenance=native.provenance,
+        files=checkpoint.files,
         bytes=checkpoint.bytes,
     )
 
@@ -49,10 +56,37 @@ def candidates(fmt: Format, shape: tuple[int, int], kind: str) -> tuple[str, ...
     return (str(fmt),)
 
 
+def stream(contents: Contents, options: Mapping[str, str]) -> Stream:
+    """A folder of ours: packed weights in order, then the floats."""
+    groups = []
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, (spec, shape) in contents.packed.items():
+        entries.update(stored_entries(name, spec, shape, contents.schemes.get(name)))
+        groups.append(Group(name, shape, partial(_packed, contents, name), name in contents.by_rows))
+    for name, (tag, whole) in contents.floats.items():
+        entries[name] = tag, whole
+        groups.append(Group(name, whole, partial(_float, contents, name), name in contents.by_rows))
+    quantization = config_entry(contents.packed, contents.schemes)
+
+    def head(provenance: Mapping[str, Any]) -> bytes:
+        return layout(entries, file_metadata(provenance))[0]
+
+    def finish(folder: Path, provenance: Mapping[str, Any]) -> None:
+        write_extras(folder, {**contents.config, "quantization_config": quantization}, contents.extras)
+
+    _, places = layout(entries, file_metadata(contents.provenance))
+    size = len(head(contents.provenance)) + sum(length for _, length in places.values())
+    return Stream(WEIGHTS, groups, places, size, head, finish)
+
+
 def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
-    """A folder of ours."""
-    tensors = {name: contents.read_packed(name) for name in contents.packed}
-    config = {**contents.config, "quantization_config": config_entry(tensors)}
-    floats = [(name, (tag, contents.read_float(name))) for name, (tag, _) in contents.floats.items()]
-    write_native(path, tensors, floats, contents.provenance)
-    write_extras(path, config, contents.extras)
+    """A folder of ours, all at once."""
+    write_stream(path, stream(contents, options), contents.provenance)
+
+
+def _packed(contents: Contents, name: str, rows: slice | None) -> dict[str, NDArray[Any]]:
+    return stored_arrays(name, contents.part(name, rows))
+
+
+def _float(contents: Contents, name: str, rows: slice | None) -> dict[str, NDArray[Any]]:
+    return {name: contents.part(name, rows)}

@@ -76,6 +76,7 @@ def read(path: Path) -> Contents:
         schemes={name: reader.scheme(name, scheme) for name, scheme in schemes.items()},
         extras=read_extras(path),
         provenance=parse_object(file.metadata.get(PROVENANCE, "{}").encode("utf-8"), f"{file.path}: its provenance"),
+        files=checkpoint.files,
         bytes=checkpoint.bytes,
         sizes={name: sum(file.entries[f"{name}.{suffix}"].bytes for suffix in reader.suffixes(name)) for name in packed},
     )
@@ -146,7 +147,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
         arrays[name], tags[name] = contents.read_float(name), tag
     provenance = json.dumps(contents.provenance, sort_keys=True)
     safetensors.write(path / WEIGHTS, arrays, {"format": "pt", PROVENANCE: provenance}, tags)
-    config = {**contents.config, "quantization_config": {**config_entry(tensors), "quant_method": NAME}}
+    config = {**contents.config, "quantization_config": {**config_entry(contents.packed, contents.schemes), "quant_method": NAME}}
     write_extras(path, config, contents.extras)
 
 

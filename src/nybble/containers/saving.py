@@ -17,6 +17,7 @@ from nybble.containers.contents import Contents, widen
 from nybble.containers.float import float_tensor
 from nybble.errors import OutputError, UsageError, unknown_name
 from nybble.files.folder import check_output, new_folder
+from nybble.files.job import is_published, sweep
 from nybble.formats import QTensor
 
 MARKER = "config.json"
@@ -39,6 +40,9 @@ def check_target(container: str, target: Path, force: bool, options: Mapping[str
             raise unknown_name(f"option of {module.NAME}", name, known)
         if value not in known[name][0]:
             raise UsageError(f"option {name} of {module.NAME} is {value!r}; it may be {', '.join(known[name][0])}")
+    force = force or is_published(target)
+    if target.exists():
+        sweep(target)
     if module.FOLDER:
         check_output(target, force, marker=MARKER)
     elif target.is_dir():

@@ -29,7 +29,7 @@ def check_output(path: Path, force: bool, marker: str) -> None:
     if not parent.is_dir():
         raise OutputError(f"output {path} cannot be made: {parent} is a file")
     try:  # asks the file system itself: access bits say nothing to root, on a full or a read-only disk
-        with tempfile.NamedTemporaryFile(dir=parent, prefix=".nybble-"):
+        with tempfile.TemporaryFile(dir=parent):  # one without a name, where the system can
             pass
     except OSError as error:
         raise OutputError(f"cannot write in {parent}: {error.strerror or error}; choose another folder with -o") from error
@@ -60,10 +60,10 @@ def new_folder(path: str | Path, force: bool, marker: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(work, ignore_errors=True)
         if not path.exists():
-            _remove_empty(made)
+            remove_empty(made)
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
     """Take back the parents made for an output that did not come; one that somebody else uses by now stays."""
     with suppress(OSError):
         for folder in folders:

@@ -273,10 +273,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Value], tensors: Sequenc
     left behind, when that fails; ValueError for a tensor whose bytes are not as many as its type and shape say.
     """
     path = Path(path)
-    keys = {key: value for key, value in metadata.items() if key != ALIGNMENT_KEY}
-    if alignment != ALIGNMENT:
-        keys[ALIGNMENT_KEY] = Value("uint32", alignment)
-    head = _head(keys, tensors, alignment)
+    head, places, _ = layout(metadata, tensors, alignment)
     temporary, position = None, len(head)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
@@ -284,7 +281,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Value], tensors: Sequenc
             file.write(head)
             for tensor in tensors:
                 data = np.ascontiguousarray(tensor.data())
-                if data.nbytes != _bytes(tensor):
+                if data.nbytes != places[tensor.name][1]:
                     raise ValueError(
                         f"tensor {tensor.name} has {data.nbytes} bytes, {tensor.type} {tensor.shape} takes {_bytes(tensor)}"
                     )
@@ -295,7 +292,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Value], tensors: Sequenc
             file.flush()
             os.fsync(file.fileno())
         written = _read_again(temporary, path)
-        if list(written.tensors) != [tensor.name for tensor in tensors] or written.metadata != keys:
+        if list(written.tensors) != [tensor.name for tensor in tensors]:
             raise OutputError(f"{path} could not be read back as written")
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -314,6 +311,22 @@ def _read_again(temporary: Path, path: Path) -> GgufFile:
         return GgufFile(temporary)
     except FileFormatError as error:  # what was asked for cannot stand in a GGUF file
         raise OutputError(f"cannot write {path}: {str(error).replace(str(temporary), 'the result')}") from error
+
+
+def layout(
+    metadata: Mapping[str, Value], tensors: Sequence[Tensor], alignment: int = ALIGNMENT
+) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+    """What a file of these tensors begins with, where each lies (name -> byte, bytes), and the file's size."""
+    keys = {key: value for key, value in metadata.items() if key != ALIGNMENT_KEY}
+    if alignment != ALIGNMENT:
+        keys[ALIGNMENT_KEY] = Value("uint32", alignment)
+    head = _head(keys, tensors, alignment)
+    position, places = len(head), {}
+    for tensor in tensors:
+        places[tensor.name] = position, _bytes(tensor)
+        position += _bytes(tensor)
+        position += -position % alignment
+    return head, places, position
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ and the safetensors metadata the provenance: which source, plan, method and vers
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError, InputError, UsageError, shown
 from nybble.files.json_strict import parse_object, read_object
-from nybble.files.safetensors import SafetensorsFile, write
+from nybble.files.safetensors import NAMES, SafetensorsFile
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations, parse_entry
 from nybble.formats.base import not_finite
@@ -38,9 +38,6 @@ MAX_SPEC = 200
 """Characters of a format's name."""
 PROVENANCE = "nybble"
 """Key of the safetensors metadata that holds the provenance as JSON."""
-
-TaggedArray = tuple[str, NDArray[Any]]
-"""(safetensors dtype tag, array): the tag tells bf16 from the uint16 that numpy sees."""
 
 
 @dataclass(frozen=True)
@@ -92,30 +89,38 @@ def check_numbers(file: SafetensorsFile, name: str, stored: Mapping[str, NDArray
             raise FileFormatError(f"{file.path}: tensor {shown(name)}: {bad} of {array.size} {suffix} are not finite")
 
 
-def write_native(
-    folder: Path, tensors: Mapping[str, QTensor], floats: Iterable[tuple[str, TaggedArray]], provenance: Mapping[str, Any]
-) -> int:
-    """Write `model.safetensors` into a folder; returns its size in bytes."""
-    arrays: dict[str, NDArray[Any]] = {}
-    tags: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        inputs = tensor.activations.stored() if tensor.activations else {}
-        for suffix, array in (*tensor.stored().items(), *inputs.items()):
-            arrays[f"{name}.{suffix}"] = array
-        if str(tensor.format) == "bf16":
-            tags[f"{name}.values"] = "BF16"
-    for name, (tag, array) in floats:
-        arrays[name], tags[name] = array, tag
-    return write(folder / WEIGHTS, arrays, {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}, tags)
+def stored_entries(
+    name: str, spec: str, shape: tuple[int, int], activations: Activations | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What the file holds for a packed weight: name -> (dtype tag, shape)."""
+    found = {
+        f"{name}.{suffix}": ("BF16" if spec == "bf16" else NAMES[dtype], size)
+        for suffix, (dtype, size) in parse_format(spec).storage(shape).items()
+    }
+    inputs = activations.stored() if activations else {}
+    return {**found, **{f"{name}.{suffix}": (NAMES[array.dtype.name], array.shape) for suffix, array in inputs.items()}}
 
 
-def config_entry(tensors: Mapping[str, QTensor]) -> dict[str, Any]:
-    """`quantization_config` for config.json."""
+def stored_arrays(name: str, tensor: QTensor) -> dict[str, NDArray[Any]]:
+    """The arrays of `stored_entries`."""
+    inputs = tensor.activations.stored() if tensor.activations else {}
+    return {f"{name}.{suffix}": array for suffix, array in (*tensor.stored().items(), *inputs.items())}
+
+
+def file_metadata(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata of the safetensors file."""
+    return {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
+
+
+def config_entry(
+    tensors: Mapping[str, tuple[str, tuple[int, int]]], schemes: Mapping[str, Activations] | None = None
+) -> dict[str, Any]:
+    """`quantization_config` for config.json: of packed weights, name -> (format spec, shape), and of what becomes of inputs."""
     packed: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        packed[name] = {"format": str(tensor.format), "shape": list(tensor.shape)}
-        if tensor.activations is not None:
-            packed[name]["activations"] = tensor.activations.entry()
+    for name, (spec, shape) in tensors.items():
+        packed[name] = {"format": spec, "shape": list(shape)}
+        if schemes and name in schemes:
+            packed[name]["activations"] = schemes[name].entry()
     return {"quant_method": "nybble", "container": CONTAINER, "tensors": packed}
 
 

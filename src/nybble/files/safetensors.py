@@ -27,7 +27,7 @@ from nybble.errors import InputError, OutputError, shown
 from nybble.files.opening import open_file
 from nybble.files.safetensors_header import ALIGNMENT, DTYPES, MAX_HEADER_BYTES, Entry, broken, read_header
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "NAMES", "Entry", "SafetensorsFile", "file_sha256", "write"]
+__all__ = ["DTYPES", "MAX_HEADER_BYTES", "NAMES", "Entry", "SafetensorsFile", "file_sha256", "layout", "write"]
 
 NAMES = {name: tag for tag, name in reversed(DTYPES.items()) if tag not in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")}
 
@@ -126,21 +126,16 @@ def write(
     """
     path, tags = Path(path), tags or {}
     items = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for name, array in items:
-        if name in header:
-            raise ValueError(f"tensor {name!r} is given twice")
-        tag = tags.get(name, NAMES[array.dtype.name])
-        header[name] = {"dtype": tag, "shape": list(array.shape), "data_offsets": [position, position + array.nbytes]}
-        position += array.nbytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    names = ["__metadata__", *(name for name, _ in items)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"tensor {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    head, places = layout({name: (tags.get(name, NAMES[array.dtype.name]), array.shape) for name, array in items}, metadata)
+    size = len(head) + sum(length for _, length in places.values())
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
             temporary = Path(file.name)
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            file.write(head)
             for _, array in items:
                 little = array.astype(array.dtype.newbyteorder("<"), copy=False)
                 file.write(np.ascontiguousarray(little).data)
@@ -152,11 +147,28 @@ def write(
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(f"cannot write {path} ({position + len(encoded) + 8} bytes): {error.strerror or error}") from error
+        raise OutputError(f"cannot write {path} ({size} bytes): {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-    return 8 + len(encoded) + position
+    return size
+
+
+def layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What a file of these tensors (name -> dtype tag, shape) begins with, and where each lies: name -> (byte, bytes)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position, places = 0, {}
+    for name, (tag, shape) in tensors.items():
+        length = math.prod(shape) * np.dtype(DTYPES[tag]).itemsize
+        header[name] = {"dtype": tag, "shape": list(shape), "data_offsets": [position, position + length]}
+        places[name] = position, length
+        position += length
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    head = len(encoded).to_bytes(8, "little") + encoded
+    return head, {name: (len(head) + start, length) for name, (start, length) in places.items()}
 
 
 def _umask() -> int:

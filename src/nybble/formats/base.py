@@ -70,6 +70,11 @@ class Format(ABC):
         """Whether a block's params can be fitted without its neighbours (false for double quantization)."""
         return True
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row's codes and params do not depend on other rows."""
+        return self.independent and self.granularity != "tensor"
+
     @abstractmethod
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         """Params for a weight [N, K], in storage precision.

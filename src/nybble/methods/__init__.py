@@ -40,6 +40,11 @@ class Method:
         """Whether calibration text changes what it does; `settings.calibrated` says whether it must have some."""
         return self.settings.calibrated or self.settings.scales == "search"
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether what it makes of a row, without calibration, does not depend on other rows."""
+        return not self.settings.prunes and self.settings.scales in ("range", "search")
+
     def lacks_calibration(self) -> UsageError:
         """The error for a method that must have calibration text and is given none: says what to do."""
         instead = "dynamic" if self.settings.activations == "static" and not self.settings.blockwise else "rtn:mse"

@@ -9,10 +9,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nybble.errors import FileFormatError, InputError, OutputError, shown
 from nybble.files.json_strict import MAX_BYTES, parse_object, read_object
 from nybble.files.opening import read_bytes
-from nybble.files.safetensors import SafetensorsFile, file_sha256
+from nybble.files.safetensors import SafetensorsFile
 from nybble.models.config_check import check_config
 
 INDEX = "model.safetensors.index.json"
@@ -59,11 +61,21 @@ class Checkpoint:
         return {"float16": "F16", "bfloat16": "BF16"}.get(stated, "F32")
 
     def sha256(self) -> str:
-        """SHA-256 over config.json and all weight files in order."""
-        digest = sha256(read_bytes(self.folder / "config.json", MAX_BYTES))
-        for file in self.files:
-            digest.update(file_sha256(file).encode())
-        return digest.hexdigest()
+        """SHA-256 over config.json and all tensors, wherever they lie."""
+        found = {}
+        for file in map(SafetensorsFile, self.files):
+            for name, entry in file.entries.items():
+                digest = sha256(np.ascontiguousarray(file.read(name)).reshape(-1).view(np.uint8).data).hexdigest()
+                found[name] = entry.dtype, entry.shape, digest
+        return tensors_sha256(self.folder, found)
+
+
+def tensors_sha256(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
+    """SHA-256 of a checkpoint, given that of each tensor's bytes: name -> (dtype tag, shape, SHA-256)."""
+    digest = sha256(read_bytes(folder / "config.json", MAX_BYTES))
+    for name, (tag, shape, known) in sorted(tensors.items()):
+        digest.update(f"{name} {tag} {list(shape)} {known}\n".encode())
+    return digest.hexdigest()
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
