@@ -140,12 +140,12 @@ def convert(
         return Conversion(target, module.NAME, work.steps(), size)
     stream = module.stream(result, chosen)
     facts = {
-        "version_of_nybble": __version__,
+        "version of nybble": __version__,
         "format": None if recipe is None else recipe.format,
         "method": str(parsed),
-        "choice_of_weights": [list(keep), [list(rule) for rule in rules]],
+        "choice of weights": [list(keep), [list(rule) for rule in rules]],
         "container": [module.NAME, chosen],
-        "way_of_measuring": measures,
+        "way of measuring": measures,
         **_facts_of(contents),
         "layout": sha256(stream.head(known)).hexdigest(),
     }
@@ -196,9 +196,9 @@ def _facts_of(contents: Contents) -> dict[str, Any]:
     found: dict[str, Any] = {"config": sha256(repr(sorted(contents.config.items(), key=str)).encode()).hexdigest()}
     for file in contents.files:
         status = file.stat()
-        found[f"file_{file.name}"] = [status.st_size, status.st_mtime_ns]
+        found[f"file {file.name}"] = [status.st_size, status.st_mtime_ns]
     for name, content in sorted(contents.extras.items()):
-        found[f"file_{name}"] = sha256(content).hexdigest()
+        found[f"file {name}"] = sha256(content).hexdigest()
     return found
 
 

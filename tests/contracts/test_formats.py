@@ -19,6 +19,7 @@ from nybble import kernels
 from nybble.errors import NumericError, UsageError
 from nybble.formats import Format, QTensor, format_names, parse_format
 from nybble.formats.base import spread
+from nybble.methods import parse_method
 
 BLOCKS = ("", ":tensor", ":channel", ":g32", ":g64", ":g128", ":g256")
 OPTIONS = ("", ",asym", ",dq")
@@ -386,3 +387,17 @@ def test_any_weight_is_stored_and_read_within_the_bound(
     assert (np.abs(read.decode().astype(np.float64) - weight) <= bound(fmt, weight, params)).all()
     if not fmt.is_cast and not fmt.shifted and 0 in fmt.levels:  # a shift of few bits need not bring a level to 0
         assert not read.decode()[weight == 0].any()
+
+
+@pytest.mark.parametrize("method", ["rtn", "rtn:mse"])
+def test_rows_made_apart_are_those_of_the_whole(fmt: Format, method: str) -> None:
+    """What lets a tensor be written a run of rows at a time."""
+    rows, wide = 7, columns(fmt, 130)
+    weight = np.random.default_rng(3).standard_normal((rows, wide)).astype(np.float32)
+    weight[2] *= 40
+    quantize = parse_method(method).quantize
+    whole = quantize(weight, fmt).stored()
+    parts = [quantize(weight[part], fmt).stored() for part in (slice(0, 1), slice(1, 3), slice(3, 7))]
+    same = all(np.concatenate([part[key] for part in parts]).tobytes() == whole[key].tobytes() for key in whole)
+    assert same or not fmt.by_rows
+    assert fmt.by_rows or fmt.granularity == "tensor" or not fmt.independent

@@ -83,11 +83,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def check_same(where: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise UsageError, naming the first thing that differs, where a job that was begun is another one."""
-    for name in sorted({*was, *now}):
+    """Raise UsageError, naming the first thing that differs in the order of `now`, where a job that was begun is another one."""
+    for name in (*now, *(name for name in was if name not in now)):
         if was.get(name) != now.get(name):
             raise UsageError(
-                f"{where} holds a run with another {name.replace('_', ' ')} "
+                f"{where} holds a run with another {name} "
                 f"({shown(was.get(name))}, now {shown(now.get(name))}): give the same again, another folder, or --restart"
             )
 
