@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nybble.formats import base, codebook, integer, parse_format
+from nybble.formats import base, codebook, parse_format
 
 
 @pytest.mark.parametrize("spec", ["int8:tensor", "int4:channel,asym", "int4:g64", "nf4:tensor", "nf4:g64,dq", "fp4:channel"])
@@ -16,7 +16,6 @@ def test_codes_do_not_depend_on_slabs(spec: str, monkeypatch: pytest.MonkeyPatch
     whole = fmt.encode(weight, params)
     monkeypatch.setattr(base, "SLAB_WEIGHTS", 700)
     assert len(base.slabs((50, 100))) == 8
-    assert integer.slabs is base.slabs
     assert codebook.slabs is base.slabs
     assert np.array_equal(fmt.encode(weight, params), whole)
 

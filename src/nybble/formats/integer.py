@@ -33,8 +33,6 @@ from nybble.formats.base import (
     granularity_suffix,
     nearest_stored,
     scale_dtype,
-    slabs,
-    spread,
     store_up,
 )
 from nybble.formats.search import blocked_importance, search_affine, search_scale
@@ -66,27 +64,35 @@ class Integer(PackedFormat):
 
     def fit(self, weight: Float32, importance: Float32 | None = None) -> Params:
         check_finite(weight)
-        if weight.size and np.abs(weight).max() > LARGEST:
+        low, high = self._ends(weight)
+        largest = float(max(-low.min(), high.max())) if weight.size else 0.0
+        if largest > LARGEST:
             raise NumericError(
-                f"a weight of magnitude {np.abs(weight).max():.5g} is over {LARGEST:.5g}, half the largest float32: its code "
+                f"a weight of magnitude {largest:.5g} is over {LARGEST:.5g}, half the largest float32: its code "
                 "could decode to infinity; repair the checkpoint or keep this tensor in float"
             )
-        view = blocked(weight, self.granularity)
+        view = blocked(weight, self.granularity) if importance is not None else weight
         dtype = scale_dtype(self.granularity, self.wide)
         if self.asymmetric:
-            low = np.minimum(view.min(-1), 0).astype(np.float64)
-            high = np.maximum(view.max(-1), 0).astype(np.float64)
+            low, high = np.minimum(low, 0).astype(np.float64), np.maximum(high, 0).astype(np.float64)
             scale = store_up((high - low) / (2**self.bits - 1), dtype)
             zero = np.rint(-low / _divisor(scale)).clip(0, 2**self.bits - 1).astype(np.uint8)
             if importance is not None:
                 weights = blocked_importance(importance, weight.shape, self.granularity)
                 scale, zero = search_affine(view, weights, self.bits, scale, zero)
             return {"scale": scale, "zero": kernels.pack(zero, self.bits)}
-        scale = store_up(np.abs(view).max(-1).astype(np.float64) / (2 ** (self.bits - 1) - 1), dtype)
+        scale = store_up(np.maximum(-low, high).astype(np.float64) / (2 ** (self.bits - 1) - 1), dtype)
         if importance is not None:
             weights = blocked_importance(importance, weight.shape, self.granularity)
             scale = search_scale(view, weights, self._snap, float(2 ** (self.bits - 1)), scale, both_signs=True)
         return {"scale": scale}
+
+    def _ends(self, weight: Float32) -> tuple[Float32, Float32]:
+        """Lowest and highest weight of every block; a short last block counts as filled up with zeros."""
+        low, high = kernels.extremes(np.ascontiguousarray(weight), max(1, self.block(weight.shape[1])))
+        if self.granularity == "tensor":
+            return low.min(keepdims=True, initial=np.inf), high.max(keepdims=True, initial=-np.inf)
+        return low, high
 
     def _snap(self, ratio: Float32) -> Float32:
         """Nearest level of weight / scale."""
@@ -108,15 +114,10 @@ class Integer(PackedFormat):
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)
         scale, zero = self.grid(params)
-        columns, block = weight.shape[1], self.block(weight.shape[1])
-        zero_code = np.full_like(scale, 2 ** (self.bits - 1)) if zero is None else zero
-        codes = np.empty(weight.shape, dtype=np.uint8)
-        for rows in slabs(weight.shape):
-            part = rows if scale.shape[0] > 1 else slice(None)
-            steps = np.rint(weight[rows] / spread(_divisor(scale[part]), columns, block))
-            steps += spread(zero_code[part], columns, block)
-            codes[rows] = np.clip(steps, 0, 2**self.bits - 1, out=steps)
-        return codes
+        block = max(1, self.block(weight.shape[1]))
+        rows = np.require(np.broadcast_to(scale, (len(weight), scale.shape[1])), requirements="C")
+        zeros = None if zero is None else np.require(np.broadcast_to(zero, rows.shape), requirements="C")
+        return kernels.uniform(np.ascontiguousarray(weight), self.bits, block, rows, zeros)
 
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, blocks = self.blocks(shape)

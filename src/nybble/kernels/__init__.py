@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import UsageError, unknown_name
-from nybble.kernels import arguments, reference, reference_round, reference_search
+from nybble.kernels import arguments, reference, reference_round, reference_search, reference_uniform
 from nybble.kernels.arguments import Bytes, Floats, Found, Nested, Packed, Parameter, Search, row_bytes
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "check_weight",
     "cores",
     "decode",
+    "extremes",
     "gather",
     "instruction_set",
     "lay",
@@ -44,6 +45,7 @@ __all__ = [
     "row_bytes",
     "rows_of",
     "search",
+    "uniform",
     "unpack",
 ]
 
@@ -326,6 +328,42 @@ def nearest(weight: Floats, levels: Floats, block: int, scale: Floats, offset: F
     else:
         _native.nearest(found, table, block, scales, offsets, out, threads)
     return out
+
+
+def extremes(weight: Floats, block: int, threads: int = 1) -> tuple[Floats, Floats]:
+    """Lowest and highest weight of every block, float32 [N, ceil(K / block)], of a finite weight float32 [N, K]. Raises
+    ValueError for shapes or types that do not fit."""
+    found: Floats = arguments.array("weight", weight, arguments.FLOAT32, 2)
+    block = arguments.integer("block", block, 1, arguments.MAX_COLUMNS)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    each = (found.shape[0], -(-found.shape[1] // block))
+    low, high = np.empty(each, np.float32), np.empty(each, np.float32)
+    if not found.size:
+        return low, high
+    if _native is None:
+        reference_uniform.extremes(found, block, low, high)
+    else:
+        _native.extremes(found, block, low, high, threads)
+    return low, high
+
+
+def uniform(weight: Floats, bits: int, block: int, scale: Floats, zero: Floats | None = None, threads: int = 1) -> Bytes:
+    """Codes uint8 [N, K]: rint(weight / scale) + zero, the quotient in float64, cut off at 0 and 2^bits - 1; without zeros the
+    middle, 2^(bits-1). weight float32 [N, K], finite; scale and zero float32 [N, ceil(K / block)]. Where the scale is 0 it counts
+    as 1. Raises ValueError for shapes, types or ranges that do not fit.
+    """
+    found: Floats = arguments.array("weight", weight, arguments.FLOAT32, 2)
+    bits = arguments.integer("bits", bits, 2, arguments.MAX_BITS)
+    block = arguments.integer("block", block, 1, arguments.MAX_COLUMNS)
+    scales = arguments.blocks_of("scale", scale, found, block)
+    zeros = None if zero is None else arguments.blocks_of("zero", zero, found, block)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    codes = np.empty(found.shape, np.uint8)
+    if _native is None:
+        reference_uniform.uniform(found, bits, block, scales, zeros, codes)
+    else:
+        _native.uniform(found, bits, block, scales, zeros, codes, threads)
+    return codes
 
 
 def round_blocks(weight: Floats, bits: int, block: int, rule: str, threads: int = 1) -> tuple[Bytes, Floats, Floats]:

@@ -1,4 +1,4 @@
-// The Python face of what chooses codes: the search for scales, rounding to the nearest level, rounding as ggml does it.
+// The Python face of what chooses codes: the search for scales, rounding to the nearest level, rounding as ggml does it, whole steps.
 #include "bind.hpp"
 #include "cpu.hpp"
 
@@ -152,6 +152,45 @@ void round_blocks(const Matrix<const float>& weight, int bits, std::size_t block
     });
 }
 
+void extremes(const Matrix<const float>& weight, std::size_t block, const Matrix<float>& low, const Matrix<float>& high, int threads) {
+    const std::size_t rows = weight.shape(0), columns = weight.shape(1);
+    require(block >= 1, "block must be at least 1");
+    const std::size_t blocks = (columns + block - 1) / block;
+    const auto fits = [&](const auto& a) { return a.shape(0) == rows && a.shape(1) == blocks; };
+    require(fits(low) && fits(high), "an output has the wrong shape");
+    threads = threads_for(threads);
+    const float* from = weight.data();
+    float *lows = low.data(), *highs = high.data();
+    nb::gil_scoped_release release;
+    const Kernels& kernel = kernels();
+    const std::size_t group = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, columns));
+    parallel((rows + group - 1) / group, threads, [&](std::size_t chunk, int) {
+        for (std::size_t row = chunk * group; row < std::min(rows, (chunk + 1) * group); ++row)
+            kernel.extremes_row(from + row * columns, columns, block, lows + row * blocks, highs + row * blocks);
+    });
+}
+
+void uniform(const Matrix<const float>& weight, int bits, std::size_t block, const Matrix<const float>& scale,
+             const std::optional<Matrix<const float>>& zero, const Matrix<std::uint8_t>& codes, int threads) {
+    const std::size_t rows = weight.shape(0), columns = weight.shape(1);
+    require(bits >= 2 && bits <= 8 && block >= 1, "bits must be 2 to 8, block at least 1");
+    const std::size_t blocks = (columns + block - 1) / block;
+    const auto fits = [&](const auto& a, std::size_t width) { return a.shape(0) == rows && a.shape(1) == width; };
+    require(fits(codes, columns) && fits(scale, blocks) && (!zero || fits(*zero, blocks)), "an array has the wrong shape");
+    threads = threads_for(threads);
+    const float *from = weight.data(), *scales = scale.data(), *zeros = zero ? zero->data() : nullptr;
+    std::uint8_t* to = codes.data();
+    nb::gil_scoped_release release;
+    const Kernels& kernel = kernels();
+    const std::size_t group = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, columns));
+    parallel((rows + group - 1) / group, threads, [&](std::size_t chunk, int) {
+        for (std::size_t row = chunk * group; row < std::min(rows, (chunk + 1) * group); ++row)
+            kernel.uniform_row(from + row * columns, columns, block, scales + row * blocks,
+                               zeros == nullptr ? nullptr : zeros + row * blocks, double(1 << (bits - 1)), double((1 << bits) - 1),
+                               to + row * columns);
+    });
+}
+
 }  // namespace
 
 void bind_search(nb::module_& m) {
@@ -161,6 +200,10 @@ void bind_search(nb::module_& m) {
           nb::arg("dmin").noconvert().none(), nb::arg("n").noconvert().none(), nb::arg("threads"));
     m.def("nearest", &nearest, nb::arg("weight").noconvert(), nb::arg("levels").noconvert(), nb::arg("block"),
           nb::arg("scale").noconvert(), nb::arg("offset").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("threads"));
+    m.def("extremes", &extremes, nb::arg("weight").noconvert(), nb::arg("block"), nb::arg("low").noconvert(),
+          nb::arg("high").noconvert(), nb::arg("threads"));
+    m.def("uniform", &uniform, nb::arg("weight").noconvert(), nb::arg("bits"), nb::arg("block"), nb::arg("scale").noconvert(),
+          nb::arg("zero").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("threads"));
     m.def("round_blocks", &round_blocks, nb::arg("weight").noconvert(), nb::arg("bits"), nb::arg("block"), nb::arg("rule"),
           nb::arg("codes").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(), nb::arg("threads"));
 }

@@ -123,6 +123,11 @@ struct Kernels {
     void (*nearest_row)(const Levels& levels, const float* weight, std::size_t columns, std::size_t block, const float* scale,
                         const float* offset, std::uint8_t* codes);
     void (*round_sixteen)(const SixteenBlocks&, RoundBy rule);
+    // Lowest and highest weight of every block of a row.
+    void (*extremes_row)(const float* weight, std::size_t columns, std::size_t block, float* low, float* high);
+    // rint(weight / scale) + zero (`middle` where there are none), cut off at 0 and top.
+    void (*uniform_row)(const float* weight, std::size_t columns, std::size_t block, const float* scale, const float* zero,
+                        double middle, double top, std::uint8_t* codes);
 };
 
 // Scratch of a product with so many rows of x: corrections, and for panels some tiles unpacked to bytes.

@@ -13,6 +13,7 @@ namespace nybble::NYBBLE_ISA {
 #include "body_attention.hpp"
 #include "body_search.hpp"
 #include "body_round.hpp"
+#include "body_uniform.hpp"
 
 }  // namespace nybble::NYBBLE_ISA
 
@@ -25,5 +26,6 @@ const Kernels NYBBLE_TABLE = {
     NYBBLE_ISA::tile_codes,  NYBBLE_ISA::untile_codes, NYBBLE_ISA::tiled_row,  NYBBLE_ISA::largest_scales, NYBBLE_ISA::prepare,        NYBBLE_ISA::product,
     NYBBLE_ISA::quantize_row, NYBBLE_ISA::norm_row,    NYBBLE_ISA::best_of,    NYBBLE_ISA::append,         NYBBLE_ISA::widen_head,
     NYBBLE_ISA::attend_scratch, NYBBLE_ISA::attend,    NYBBLE_ISA::activate_row,
-    NYBBLE_ISA::search_runs,   NYBBLE_ISA::nearest_row,   NYBBLE_ISA::round_sixteen};
+    NYBBLE_ISA::search_runs,   NYBBLE_ISA::nearest_row,   NYBBLE_ISA::round_sixteen,
+    NYBBLE_ISA::extremes_row,  NYBBLE_ISA::uniform_row};
 }  // namespace nybble
