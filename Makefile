@@ -17,7 +17,7 @@ NATIVE := CMakeLists.txt pyproject.toml src/nybble/version.py tools/with_compile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := setup
-.PHONY: setup compare test test-all interop fuzz check format sanitize bench wheel clean
+.PHONY: setup compare test test-all interop fuzz torture check format sanitize bench wheel clean
 
 setup: $(VENV)/.installed
 
@@ -58,6 +58,11 @@ interop: setup
 # COUNT=100000 SEED=7 for another run.
 fuzz: setup
 	$(BIN)/python tests/hostile/fuzz.py --count $(or $(COUNT),1000000) --seed $(or $(SEED),1)
+
+# Jobs killed and hindered at every call that changes the disk (a slice is part of `make test`); hours.
+torture: setup
+	$(BIN)/python tests/torture/torture.py --jobs $(or $(JOBS),rtn,gguf,convert,gptq,tune,train) --every $(or $(EVERY),1) \
+	  --random $(or $(COUNT),300) --seed $(or $(SEED),0)
 
 check: setup
 	$(BIN)/ruff check .

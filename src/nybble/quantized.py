@@ -18,7 +18,7 @@ from nybble.containers.contents import read_extras
 from nybble.edits import Edit
 from nybble.errors import UsageError
 from nybble.files import safetensors
-from nybble.files.folder import new_folder
+from nybble.files.job import new_folder
 from nybble.files.native import config_entry
 from nybble.formats import QTensor, parse_format
 from nybble.methods.steps.choose import Account

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nybble.errors import OutputError
-from nybble.files.folder import check_output, new_folder
+from nybble.files.folder import check_output
+from nybble.files.job import job_folder, new_folder
 
 MARKER = "config.json"
 
@@ -28,7 +29,7 @@ def test_it_appears_when_the_block_ends(tmp_path: Path) -> None:
     with new_folder(path, False, MARKER) as work:
         (work / MARKER).write_text("{}", encoding="utf-8")
         assert not path.exists()
-        assert work.parent == path.parent
+        assert work.parent == job_folder(path)
     assert names(path.parent) == ["out"]
     assert (path / MARKER).read_text(encoding="utf-8") == "{}"
     assert path.stat().st_mode & 0o777 == 0o755

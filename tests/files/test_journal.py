@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nybble.errors import InputError, OutputError, UsageError
 from nybble.files import pieces
 from nybble.files.job import Job, has_begun, is_published, job_folder, open_job, sweep
-from nybble.files.journal import Journal, read_records
+from nybble.files.journal import Journal, read_journal
 from nybble.files.pieces import PieceFile
 
 FACTS = {"format": "int4:g64", "file model.safetensors": [10, 20]}
@@ -225,5 +225,5 @@ def test_ten_at_once(tmp_path: Path, environment: dict[str, str]) -> None:
 
 def test_what_a_journal_says_is_read_without_opening_it(tmp_path: Path) -> None:
     make(tmp_path / "journal")
-    assert read_records(tmp_path / "journal") == RECORDS
-    assert read_records(tmp_path / "nothing") == []
+    assert read_journal(tmp_path / "journal") == (FACTS, RECORDS)
+    assert read_journal(tmp_path / "nothing") == ({}, [])

@@ -49,7 +49,8 @@ def run(
     """Race, show the table, write the folder."""
     from nybble.bench.race import failures_of_ours, race
     from nybble.errors import MeasureError
-    from nybble.files.folder import check_output, new_folder
+    from nybble.files.folder import check_output
+    from nybble.files.job import new_folder
 
     pythons = parse_pythons(peer_python or ())
     if output is not None:

@@ -51,7 +51,7 @@ def run(
 ) -> None:
     """Measure, write the output folder, show the table."""
     from nybble.evaluate.compare import compare
-    from nybble.files.folder import new_folder
+    from nybble.files.job import new_folder
     from nybble.report import write_report
 
     with new_folder(output, force, marker="results.jsonl") as work, console.progress() as bar:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -16,8 +14,8 @@ from nybble.containers import find_container
 from nybble.containers.contents import Contents, widen
 from nybble.containers.float import float_tensor
 from nybble.errors import OutputError, UsageError, unknown_name
-from nybble.files.folder import check_output, new_folder
-from nybble.files.job import is_published, sweep
+from nybble.files.folder import check_output
+from nybble.files.job import is_published, new_folder, new_output, sweep
 from nybble.formats import QTensor
 
 MARKER = "config.json"
@@ -70,23 +68,9 @@ def save(
         with new_folder(target, force, marker=MARKER) as folder:
             _write(module, folder, contents, options, digests)
             return sum(file.stat().st_size for file in folder.iterdir())
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".part") as name:
-            part = Path(name) / target.name
-            _write(module, part, contents, options, digests)
-            size = part.stat().st_size
-            os.replace(part, target)
-            descriptor = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"cannot write {target}: {error.strerror or error}") from error
-    return size
+    with new_output(target) as part:
+        _write(module, part, contents, options, digests)
+        return part.stat().st_size
 
 
 def digest_of(tensor: QTensor) -> str:

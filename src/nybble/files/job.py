@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import NybbleError, OutputError
-from nybble.files.folder import remove_empty
-from nybble.files.journal import Journal, read_records, sync_folder
+from nybble.files.folder import check_output, remove_empty
+from nybble.files.journal import Journal, read_journal, sync_folder
 
 try:
     import fcntl
@@ -29,6 +29,7 @@ except ImportError:  # a system without it has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK, JOURNAL, REPLACED = "lock", "journal", "replaced"
+AT_ONCE = {"way of writing": "at once"}
 READY = "ready"
 """Key of the journal's last line: the output is whole, and only has to get its name."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -57,10 +58,16 @@ class Job:
         self.journal.append({READY: True})
         sync_folder(self.folder)
         old = self.folder / REPLACED
-        if self.target.is_dir():
+        replaces = self.target.is_dir()
+        if replaces:
             _remove(old)
             os.rename(self.target, old)
-        os.rename(self.place, self.target)  # a file takes another's place in one step
+        try:
+            os.rename(self.place, self.target)  # a file takes another's place in one step
+        except OSError as error:
+            if replaces:
+                os.rename(old, self.target)
+            raise OutputError(f"cannot write {self.target}: {error.strerror or error}") from error
         sync_folder(self.target.parent)
 
 
@@ -88,7 +95,7 @@ def open_job(target: str | Path, facts: Mapping[str, Any], restart: bool = False
         journal.close()
         _clear(folder)
     except BaseException as error:
-        keep = journal is not None and bool(journal.records or _appended(journal))
+        keep = journal is not None and facts != AT_ONCE and bool(journal.records or _appended(journal))
         if journal is not None:
             journal.close()
             if not keep or (isinstance(error, NybbleError) and not isinstance(error, OutputError)):
@@ -105,6 +112,29 @@ def open_job(target: str | Path, facts: Mapping[str, Any], restart: bool = False
             remove_empty(made)
 
 
+@contextmanager
+def new_output(target: str | Path, restart: bool = False) -> Iterator[Path]:
+    """A place beside `target` that gets its name when the block ends, and is removed when it fails: what is written at once, with
+    nothing to go on from. What a killed process left is removed first. Raises as `open_job`."""
+    with open_job(target, AT_ONCE, restart) as job:
+        _remove(job.place)
+        yield job.place
+        job.publish()
+
+
+@contextmanager
+def new_folder(path: str | Path, force: bool, marker: str) -> Iterator[Path]:
+    """An empty folder beside `path` that becomes `path` when the block ends, and is removed when it fails.
+
+    With `force` an existing folder is replaced, at that moment and not before. Raises OutputError as `check_output`, and as
+    `open_job`.
+    """
+    check_output(Path(path), force, marker)
+    with new_output(path) as place:
+        place.mkdir()
+        yield place
+
+
 def job_folder(target: Path) -> Path:
     """Where the job that makes `target` works."""
     return target.absolute().with_name(f"{target.name}.part")
@@ -112,21 +142,24 @@ def job_folder(target: Path) -> Path:
 
 def has_begun(target: Path) -> bool:
     """Whether a job left something to go on from."""
-    return bool(read_records(job_folder(target) / JOURNAL))
+    return bool(read_journal(job_folder(target) / JOURNAL)[1])
 
 
 def is_published(target: Path) -> bool:
-    """Whether a job gave its output its name and was killed before it could take its folder away."""
+    """Whether a job that goes on gave its output its name and was killed before it could take its folder away."""
     folder = job_folder(target)
     if not (target.exists() and (folder / JOURNAL).is_file()) or (folder / target.name).exists():
         return False
-    return any(READY in record for record in read_records(folder / JOURNAL))
+    facts, records = read_journal(folder / JOURNAL)
+    return facts != AT_ONCE and any(READY in record for record in records)
 
 
 def sweep(target: Path) -> None:
     """Take away the folder of a job that was killed while it took it away itself; any other stays."""
     folder = job_folder(target)
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {LOCK}:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else {LOCK, JOURNAL, target.name}
+    over = names <= {LOCK, JOURNAL} and read_journal(folder / JOURNAL)[0] == AT_ONCE
+    if over or names <= {LOCK}:
         with suppress(OutputError):
             lock = _lock(folder)
             _clear(folder)

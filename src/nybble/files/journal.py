@@ -74,12 +74,15 @@ class Journal:
         self._file.close()
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """What a journal says was finished, of whatever job; damaged lines are left out. Raises nothing."""
+def read_journal(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(facts, what was finished) of whatever job; damaged lines are left out. Raises nothing."""
     try:
-        return [record for record in map(_read, _lines(path)[1:]) if record is not None]
+        lines = [_read(line) for line in _lines(path)]
     except (OSError, InputError):
-        return []
+        return {}, []
+    head = lines[0] if lines and lines[0] is not None else {}
+    facts = head.get("facts")
+    return facts if isinstance(facts, dict) else {}, [record for record in lines[1:] if record is not None]
 
 
 def check_same(where: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from nybble.errors import FileFormatError, InputError, UsageError, shown
-from nybble.files.folder import new_folder
+from nybble.files.job import new_folder
 from nybble.files.json_strict import read_object
 from nybble.files.safetensors import SafetensorsFile, file_sha256, write
 

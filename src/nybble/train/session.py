@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nybble.calibrate.windows import calibration_windows, token_windows
 from nybble.errors import InputError, OutputError, UsageError
-from nybble.files.folder import new_folder
+from nybble.files.job import new_folder
 from nybble.methods import parse_method
 from nybble.models.loading import quiet
 from nybble.plan import Plan, Recipe
