@@ -30,7 +30,7 @@ from nybble.files.job import Job, has_begun, job_folder, open_job
 from nybble.forecast import Forecast, forecast
 from nybble.formats import parse_format
 from nybble.methods import parse_method
-from nybble.models.checkpoint import tensors_sha256, unpickle_folder
+from nybble.models.checkpoint import row_digests, tensors_sha256, unpickle_folder
 from nybble.models.filling import check_filling
 from nybble.models.mapped import give_back
 from nybble.plan import Recipe, make_plan
@@ -204,23 +204,32 @@ def _facts_of(contents: Contents) -> dict[str, Any]:
 
 def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progress: Progress | None, expected: Forecast) -> int:
     """Make what is missing of a job's output, all but its name; returns how many pieces were damaged."""
-    digests = SourceDigests(work.source) if known.get("source_sha256") == PLACEHOLDER else None
+    work.hashes = known.get("source_sha256") == PLACEHOLDER
+    digests: dict[str, list[str]] = {}
 
     def watch(name: str, rows: slice | None, note: Any) -> Any:
-        made = work.parts.pop((name, rows.start if rows else 0), NO_COST) if work.parts is not None else NO_COST
-        cost = made if note is None else _cost(note)
-        work.add(name, cost)
-        digest = None if digests is None else digests.see(name, rows, note is not None, None if note is None else note[3])
+        if note is None and work.parts is not None:
+            cost, found = work.parts.pop((name, rows.start if rows else 0), (NO_COST, None))
+            note = (*cost, found)
+        work.add(name, _cost(note))
+        digests.setdefault(name, []).extend(note[3] or ())
         if name in work.source.floats:
             give_back(work.source_rows(name, rows))
-        return (*cost, digest)
+        return note
 
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress("", done, total)
 
     def provenance() -> Mapping[str, Any]:
-        return known if digests is None else {**known, "source_sha256": digests.all()}
+        if not work.hashes:
+            return known
+        # what nothing is made of (a tied head) has not come by
+        found = {
+            name: (tag, shape, digests.get(name) or row_digests(work.source.read_float(name)))
+            for name, (tag, shape) in work.source.floats.items()
+        }
+        return {**known, "source_sha256": tensors_sha256(work.source.path, found)}
 
     return run_stream(job, stream, watch, provenance, report, expected.threads, expected.rows_weights)
 
@@ -235,50 +244,6 @@ def _count(job: Job, work: Work) -> None:
 def _cost(note: Any) -> Cost:
     """What a piece's note says of its cost."""
     return bool(note[0]), float(note[1]), float(note[2])
-
-
-class SourceDigests:
-    """SHA-256 of every tensor of a float source, taken as its rows come by."""
-
-    def __init__(self, source: Contents) -> None:
-        self.source = source
-        self._under_way: dict[str, Any] = {}
-        self._waiting: dict[str, list[slice | None]] = {}
-        """Rows that an earlier run finished: read again only where it did not come to the tensor's end."""
-        self._done: dict[str, str] = {}
-
-    def see(self, name: str, rows: slice | None, finished: bool, noted: str | None) -> str | None:
-        """Some rows of a tensor, in order. `noted` is what this returned for rows that an earlier run finished. Returns the
-        tensor's digest after its last rows."""
-        if noted is not None:
-            self._done[name] = noted
-            return noted
-        if name not in self.source.floats:
-            return None
-        waiting = self._waiting.setdefault(name, [])
-        waiting.append(rows)
-        last = rows is None or rows.stop == self.source.floats[name][1][0]
-        if finished and not last:
-            return None
-        digest = self._under_way.setdefault(name, sha256())
-        for part in waiting:
-            self._update(digest, name, part)
-        waiting.clear()
-        if last:
-            self._done[name] = self._under_way.pop(name).hexdigest()
-        return self._done.get(name)
-
-    def all(self) -> str:
-        """Of the whole source, as `Checkpoint.sha256` has it; tensors that nothing was made of are read now."""
-        for name in self.source.floats:
-            if name not in self._done:
-                self.see(name, None, False, None)
-        found = {name: (tag, shape, self._done[name]) for name, (tag, shape) in self.source.floats.items()}
-        return tensors_sha256(self.source.path, found)
-
-    def _update(self, digest: Any, name: str, rows: slice | None) -> None:
-        values = self.source.read_float(name)
-        digest.update(np.ascontiguousarray(values if rows is None else values[rows]).reshape(-1).view(np.uint8))
 
 
 def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:

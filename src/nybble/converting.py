@@ -26,6 +26,7 @@ from nybble.formats.activations import Activations
 from nybble.formats.recast import Recast, compare, recast
 from nybble.methods import Method
 from nybble.models.arch import table_for
+from nybble.models.checkpoint import row_digests
 from nybble.models.info import TensorInfo
 from nybble.plan import CAST_TAGS, Plan, prunes
 
@@ -120,8 +121,10 @@ class Work:
         self.wanted = {name: row.format for name, row in rows.items()}
         self.pruned = {name for name, row in rows.items() if prunes(row)}
         self.sums: dict[str, Cost] = {}
-        self.parts: dict[tuple[str, int], Cost] | None = None
-        """Costs of rows by name and first row, where somebody else adds them up: pieces may be made in any order."""
+        self.parts: dict[tuple[str, int], tuple[Cost, list[str] | None]] | None = None
+        """What is known of rows, by name and first row, where somebody else adds it up: their cost, and the digests of what they
+        were made from, if `hashes`. Pieces may be made in any order."""
+        self.hashes = False
         self.digests: dict[str, str] = {}
         self.specs: dict[str, str] = {}
         """Name of each matrix -> the format that it is written in."""
@@ -301,7 +304,9 @@ class Work:
     def _note(self, name: str, done: Recast | None, rows: slice | None) -> None:
         cost = NO_COST if done is None or done.exact else (False, done.error * (done.energy or 1.0), done.energy)
         if self.parts is not None:
-            self.parts[name, rows.start if rows else 0] = cost
+            hashed = self.hashes and name in self.source.floats
+            digests = row_digests(self.source_rows(name, rows)) if hashed else None
+            self.parts[name, rows.start if rows else 0] = cost, digests
             return
         self.sums[name] = cost
         if self.progress is not None:

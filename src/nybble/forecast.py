@@ -18,7 +18,7 @@ from nybble.files.job import job_folder
 from nybble.formats import parse_format
 from nybble.methods import Method
 
-FEWEST_WEIGHTS = 1 << 16
+FEWEST_WEIGHTS = 1 << 18
 """Of a piece: smaller ones save no memory worth having."""
 SAMPLE_WEIGHTS = 1 << 18
 BYTES_A_WEIGHT = {"range": 20, "search": 52, "hqq": 36}

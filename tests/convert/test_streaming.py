@@ -281,8 +281,10 @@ def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
 
 def test_pieces_of_a_group() -> None:
-    group = streaming.Group("w", (10, 100), lambda rows: {}, by_rows=True)
-    assert group.parts(300) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
-    assert group.parts(1000) == [None]
+    wide = 1 << 17  # two rows are hashed together, and stay together
+    group = streaming.Group("w", (9, wide), lambda rows: {}, by_rows=True)
+    assert group.parts(5 * wide) == [slice(0, 4), slice(4, 8), slice(8, 9)]
+    assert group.parts(1)[:2] == [slice(0, 2), slice(2, 4)]
+    assert group.parts(10 * wide) == [None]
     assert [group.key(part) for part in (None, slice(0, 3))] == ["w", "w[0:3]"]
-    assert streaming.Group("w", (10, 100), lambda rows: {}).parts(300) == [None]
+    assert streaming.Group("w", (9, wide), lambda rows: {}).parts(wide) == [None]

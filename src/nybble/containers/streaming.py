@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from nybble.errors import OutputError
 from nybble.files.job import Job
 from nybble.files.pieces import PieceFile
+from nybble.models.checkpoint import digest_rows
 
 ROWS_WEIGHTS = 1 << 22
 """Weights of a run of rows: enough to make the work for each one small beside it."""
@@ -47,7 +48,8 @@ class Group:
     def parts(self, weights: int = ROWS_WEIGHTS) -> list[slice | None]:
         """The runs of rows, of about so many weights, that it is made in, in order; [None] where it is made at once."""
         rows, rest = (self.shape or (1,))[0], math.prod(self.shape[1:])
-        step = max(1, weights // max(1, rest))
+        whole = digest_rows(self.shape)  # the source is hashed on the way
+        step = max(1, weights // max(1, rest) // whole) * whole
         if not self.by_rows or rows <= step:
             return [None]
         return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]

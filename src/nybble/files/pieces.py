@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ Run = tuple[int, memoryview]
 """(where in the file, bytes)."""
 
 
+Piece = tuple[str, str, list[list[int]], Any]
+"""(key, SHA-256, [where, bytes] of each run, note)."""
+
+
 class PieceFile:
     """The file, and which of its pieces are finished."""
 
@@ -37,7 +42,10 @@ class PieceFile:
         """Key of a finished piece -> what was noted with it."""
         self.damaged = journal.damaged
         """What an earlier run had finished that is not what it was; it will be done again."""
-        self._pending: list[tuple[str, str, list[list[int]], Any]] = []
+        self._pending: list[Piece] = []
+        self._waiting = 0
+        self._batch: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1)
         self._since = time.monotonic()
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
@@ -91,24 +99,37 @@ class PieceFile:
         except OSError as error:
             raise self._failed(error) from error
         self._pending.append((key, digest.hexdigest(), places, note))
-        waiting = sum(length for _, _, runs, _ in self._pending for _, length in runs)
-        if waiting >= BATCH_BYTES or time.monotonic() - self._since > BATCH_SECONDS:
-            self.flush()
+        self._waiting += sum(length for _, length in places)
+        if self._waiting >= BATCH_BYTES or time.monotonic() - self._since > BATCH_SECONDS:
+            self._begin_batch()
 
     def flush(self) -> None:
         """Have all pieces so far on disk and in the journal. Raises OutputError."""
-        if not self._pending:
-            return
+        self._begin_batch()
+        self._end_batch()
+
+    def _begin_batch(self) -> None:
+        """Send what waits to the disk, behind the back of who makes the next pieces."""
+        self._end_batch()
+        if self._pending:
+            self._batch = self._thread.submit(self._sync, self._pending)
+            self._pending, self._waiting, self._since = [], 0, time.monotonic()
+
+    def _end_batch(self) -> None:
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.result()
+
+    def _sync(self, batch: Sequence[Piece]) -> None:
         try:
             os.fsync(self._file)
         except OSError as error:
             raise self._failed(error) from error
-        for key, digest, runs, _ in self._pending:
+        for key, digest, runs, _ in batch:
             if self._digest(runs) != digest:
                 raise OutputError(f"{self.path}: what was written of {key} does not read back; the disk may be failing")
-        self.journal.append({PIECES: self._pending})
-        self.notes.update({key: note for key, _, _, note in self._pending})
-        self._pending, self._since = [], time.monotonic()
+        self.journal.append({PIECES: batch})
+        self.notes.update({key: note for key, _, _, note in batch})
 
     def finish(self, head: bytes) -> None:
         """Write what stands before all pieces, and have the whole file on disk. Raises OutputError."""
@@ -124,6 +145,7 @@ class PieceFile:
 
     def close(self) -> None:
         """Close the file; what is not flushed is not finished."""
+        self._thread.shutdown()
         os.close(self._file)
 
     def _digest(self, runs: Sequence[Sequence[int]]) -> str:

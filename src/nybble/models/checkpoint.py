@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError, InputError, OutputError, shown
 from nybble.files.json_strict import MAX_BYTES, parse_object, read_object
@@ -33,6 +35,7 @@ EXTRAS = (
     "chat_template.jinja",
 )
 """Files that go along with the weights, whatever becomes of those."""
+DIGEST_WEIGHTS = 1 << 18
 LARGEST_EXTRA = 1 << 28
 """Bytes of one of them: the largest tokenizers have a tenth of it."""
 
@@ -65,16 +68,28 @@ class Checkpoint:
         found = {}
         for file in map(SafetensorsFile, self.files):
             for name, entry in file.entries.items():
-                digest = sha256(np.ascontiguousarray(file.read(name)).reshape(-1).view(np.uint8).data).hexdigest()
-                found[name] = entry.dtype, entry.shape, digest
+                found[name] = entry.dtype, entry.shape, row_digests(file.read(name))
         return tensors_sha256(self.folder, found)
 
 
-def tensors_sha256(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:
-    """SHA-256 of a checkpoint, given that of each tensor's bytes: name -> (dtype tag, shape, SHA-256)."""
+def digest_rows(shape: tuple[int, ...]) -> int:
+    """Rows that are hashed together: runs of them can be hashed in any order, and by several threads."""
+    return max(1, DIGEST_WEIGHTS // max(1, math.prod(shape[1:])))
+
+
+def row_digests(values: NDArray[Any]) -> list[str]:
+    """SHA-256 of every run of `digest_rows` rows of a tensor, or of some rows of one that begin with such a run."""
+    values = values.reshape(1) if values.ndim == 0 else values
+    step = digest_rows(values.shape)
+    runs = (values[start : start + step] for start in range(0, len(values), step))
+    return [sha256(np.ascontiguousarray(run).reshape(-1).view(np.uint8).data).hexdigest() for run in runs]
+
+
+def tensors_sha256(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[str]]]) -> str:
+    """SHA-256 of a checkpoint, given the digests of each tensor's rows: name -> (dtype tag, shape, `row_digests`)."""
     digest = sha256(read_bytes(folder / "config.json", MAX_BYTES))
-    for name, (tag, shape, known) in sorted(tensors.items()):
-        digest.update(f"{name} {tag} {list(shape)} {known}\n".encode())
+    for name, (tag, shape, runs) in sorted(tensors.items()):
+        digest.update(f"{name} {tag} {list(shape)} {' '.join(runs)}\n".encode())
     return digest.hexdigest()
 
 
