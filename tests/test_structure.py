@@ -38,6 +38,7 @@ LAYERS = (
     {"converting", "forecast"},
     {"convert"},
     {"edits"},
+    {"finished"},
     {"walk"},
     {"quantized"},
     {"run"},

@@ -26,7 +26,7 @@ from nybble.containers.saving import check_room, check_target, container_of, sav
 from nybble.containers.streaming import Stream, run_stream
 from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_specs, describe_contents
 from nybble.errors import OutputError, UsageError
-from nybble.files.job import Job, has_begun, job_folder, open_job
+from nybble.files.job import Job, how_to_go_on, open_job
 from nybble.forecast import Forecast, forecast
 from nybble.formats import parse_format
 from nybble.methods import parse_method
@@ -140,13 +140,12 @@ def convert(
         return Conversion(target, module.NAME, work.steps(), size)
     stream = module.stream(result, chosen)
     facts = {
-        "version of nybble": __version__,
         "format": None if recipe is None else recipe.format,
         "method": str(parsed),
         "choice of weights": [list(keep), [list(rule) for rule in rules]],
         "container": [module.NAME, chosen],
         "way of measuring": measures,
-        **_facts_of(contents),
+        **facts_of(contents),
         "layout": sha256(stream.head(known)).hexdigest(),
     }
     work.parts = {}
@@ -166,8 +165,8 @@ def convert(
                 module.read(job.place)
                 job.publish()
     except (KeyboardInterrupt, OutputError) as error:
-        if has_begun(target) and "is in use by" not in str(error):
-            announce(f"stopped; the same command goes on from {job_folder(target)}")
+        if (remark := how_to_go_on(target, error)) is not None:
+            announce(remark)
         raise
     size = target.stat().st_size if target.is_file() else sum(file.stat().st_size for file in target.iterdir())
     return Conversion(target, module.NAME, work.steps(), size)
@@ -191,9 +190,12 @@ def made_by(source: Path, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _facts_of(contents: Contents) -> dict[str, Any]:
-    """What tells that a source is the same as before, file by file."""
-    found: dict[str, Any] = {"config": sha256(repr(sorted(contents.config.items(), key=str)).encode()).hexdigest()}
+def facts_of(contents: Contents) -> dict[str, Any]:
+    """What tells that a source is the same as before, file by file, and that the same program reads it."""
+    found: dict[str, Any] = {
+        "version of nybble": __version__,
+        "config": sha256(repr(sorted(contents.config.items(), key=str)).encode()).hexdigest(),
+    }
     for file in contents.files:
         status = file.stat()
         found[f"file {file.name}"] = [status.st_size, status.st_mtime_ns]

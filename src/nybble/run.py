@@ -25,6 +25,7 @@ from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
 from nybble.edits import Edit, apply_edits, summary
 from nybble.errors import InputError, NumericError
+from nybble.finished import FinishedBlocks
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.activations import Activations
 from nybble.methods import Method, parse_method
@@ -58,6 +59,7 @@ def quantize(
     window: int | None = None,
     seed: int = 0,
     packing: bool = True,
+    finished: FinishedBlocks | None = None,
 ) -> Quantized:
     """Quantize a model folder, or a transformers model in memory (which is left as it is).
 
@@ -65,7 +67,8 @@ def quantize(
     `calibration` is token windows, integers [windows, tokens], or text, of which `windows` windows of `window` tokens (the
     model's context, at most 2048) are drawn with `seed`, as is all that the method itself draws; or "self", and the model
     writes them. A list of texts is joined, or without `packing` each window lies in one of them. Methods that use no data
-    ignore it. `keep` names weights that stay in float (names or globs), `rules` gives others a format of their own.
+    ignore it. `finished` keeps blocks that are decided, for a run that goes on. `keep` names weights that stay in float (names
+    or globs), `rules` gives others a format of their own.
     Raises UsageError for specs and patterns, InputError for the model or text, NumericError naming the tensor.
     """
     parsed = parse_method(method)
@@ -84,7 +87,7 @@ def quantize(
     plan = make_plan(describe(model, stored), recipe)
     with evaluating(model):
         token_windows = _windows(model, plan, calibration, source, windows, window, seed, packing, progress)
-        return quantize_by_plan(model, plan, token_windows, source, owned, progress)
+        return quantize_by_plan(model, plan, token_windows, source, owned, progress, finished=finished)
 
 
 def quantize_by_plan(
@@ -96,6 +99,7 @@ def quantize_by_plan(
     progress: Progress | None = None,
     observe: Callable[[str, NDArray[np.float32], QTensor], None] | None = None,
     places: dict[str, NDArray[np.float32]] | None = None,
+    finished: FinishedBlocks | None = None,
 ) -> Quantized:
     """Carry out a plan on a float model. With `consume` the model's own float weights are given up as they are packed.
 
@@ -122,7 +126,8 @@ def quantize_by_plan(
     if method.settings.blockwise and windows is not None:
         walked = {row.tensor.name: formats[row.tensor.name] for row in rows if row.method != "cast"}
         mine = consume and observe is None and method.settings.edit == "none"  # nobody needs its float weights again
-        walk = _walk(model if mine else copy.deepcopy(model), plan, method, walked, windows, progress, places)
+        float_model = model if mine else copy.deepcopy(model)
+        walk = _walk(float_model, plan, method, walked, windows, progress, places, finished)
         packed, accounts, edits, moved = walk.tensors, walk.accounts, walk.edits, walk.moved
         if edits:
             provenance["edits"] = summary(edits)
@@ -174,14 +179,17 @@ def _walk(
     windows: NDArray[np.integer[Any]],
     progress: Progress | None,
     places: dict[str, NDArray[np.float32]] | None,
+    finished: FinishedBlocks | None,
 ) -> Walk:
-    """A calibrated method on a model whose weights it replaces on its way."""
+    """A calibrated method on a model whose weights it replaces on its way. What tunes all weights together in the end needs more
+    of them than their codes, and keeps none."""
+    finished = finished if method.settings.tune == 0 and places is None else None
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
     layers = {name: site.modules[0] for name, site in sites(model).items()}
     fused = [name for name, role in roles.items() if role == "query, key and value"]
     groups = {name: 3 for name in fused if len(weight_view(layers[name])) % 3 == 0}
     with quiet(), quick_activations(model), Workers() as workers:
-        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress, places=places)
+        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress, finished=finished, places=places)
         walk.run()
     return walk
 

@@ -28,6 +28,7 @@ from nybble.calibrate.watching import catch_inputs, inputs_of
 from nybble.calibrate.workers import Workers
 from nybble.edits import Edit, edit_blocks
 from nybble.errors import NumericError
+from nybble.finished import Block, FinishedBlocks
 from nybble.formats import Format, QTensor
 from nybble.methods.steps.bias import moved_bias
 from nybble.methods.steps.choose import Account, choose
@@ -66,6 +67,8 @@ class Walk:
     """Of tuning all layers together: (step, KL on the windows held back)."""
     block_histories: list[list[tuple[int, float]]] = field(default_factory=list)
     """Of tuning blocks: (step, mean squared error of what the block gives, on the windows held back)."""
+    finished: FinishedBlocks | None = None
+    """Where blocks are kept that are decided, and taken from."""
     places: dict[str, NDArray[np.float32]] | None = None
     """Name -> float32 [N, K]: where each weight would rather be, as far as its code stays the nearest; None: nobody asks."""
     _latents: dict[str, Latent] = field(default_factory=dict)
@@ -108,9 +111,13 @@ class Walk:
         for index, block in enumerate(blocks.modules):
             inside = {id(module) for module in block.modules()}
             layers = {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
+            known = None if self.finished is None else self.finished.find(index)
             twin = copy.deepcopy(block) if settings.float_stream else None
+            if known is not None:
+                self._take(known)
+            before = set(self.moved)
             twins = {} if twin is None else dict(zip(map(id, block.modules()), twin.modules(), strict=True))
-            for group in blocks.calls(index, present[0], layers) if layers else ():
+            for group in blocks.calls(index, present[0], layers) if layers and known is None else ():
                 layer = layers[group[0]]
                 inputs = partial(_look, blocks, index, present, layer, None)
                 float_inputs = partial(_look, blocks, index, floats, twins.get(id(layer), layer), twin)
@@ -124,10 +131,26 @@ class Walk:
                     self._decide(name, stats[name])
             if twin is not None:
                 self._advance(floats, partial(blocks.run, index, module=twin))
-                if self._tuned and settings.block_tune and layers:
+                if self._tuned and settings.block_tune and layers and known is None:
                     self._tune_block(blocks, index, present, floats)
+            if self.finished is not None and known is None:
+                moved = {name: self.moved[name].numpy() for name in self.moved if name not in before}
+                decided = [name for name in self.tensors if name in layers]
+                self.finished.keep(
+                    index,
+                    Block({n: self.tensors[n] for n in decided}, {n: self.accounts[n] for n in decided}, moved),
+                )
             if settings.inputs == "quantized":
                 self._advance(present, partial(blocks.run, index))
+
+    def _take(self, block: Block) -> None:
+        """Put what an earlier run decided in its place."""
+        for name, value in block.moved.items():
+            self._move(name, torch.from_numpy(value))
+        for name, tensor in block.tensors.items():
+            self.tensors[name], self.accounts[name] = tensor, block.accounts[name]
+            put_weight(self.layers[name], tensor.decode())
+            self._report(name, len(self.tensors), len(self.formats))
 
     def _advance(self, states: list[Tensor], block: Callable[[Tensor], Tensor]) -> None:
         """Hidden states one block on, in place: two whole streams would be the most memory that a walk takes."""

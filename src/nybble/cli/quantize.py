@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.cli import console
 from nybble.cli.convert import show as show_conversion
-from nybble.errors import UsageError
+from nybble.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from nybble.convert import Conversion
@@ -109,8 +110,10 @@ class Pace:
 def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force: bool, pace: Pace) -> None:
     """Quantize and save; say what it takes on disk."""
     from nybble.calibrate.source import read_calibration
+    from nybble.containers import open_contents
     from nybble.containers.saving import check_target, container_of
     from nybble.convert import convert, stay_float, streams
+    from nybble.finished import FinishedBlocks
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
@@ -136,29 +139,59 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
         done = _piece_by_piece(folder, output, container, recipe, options, force, pace)
         _say(container, done, checkpoint.bytes)
         return
-    if pace.memory is not None or pace.threads is not None or pace.restart:
-        raise UsageError("--memory, --threads and --restart go with methods that read no calibration text, and not with this")
-    with console.progress() as bar:
-        bar.update("", "loading the model", 0.0)
-        from nybble.run import quantize
+    if pace.memory is not None or pace.threads is not None:
+        raise UsageError("--memory and --threads go with methods that read no calibration text: this one holds the model")
+    from nybble.convert import facts_of
+    from nybble.files.job import how_to_go_on, open_job
 
-        quantized = quantize(
-            folder,
-            to,
-            job.method,
-            calibration,
-            keep,
-            rules,
-            progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
-            windows=job.windows,
-            window=job.window,
-            seed=job.seed,
-            packing=not job.by_document,
-        )
-        if container != "nybble":
-            written = convert(quantized.contents(), output, container, options=options, force=force)
-        else:
-            quantized.save(output, force)
+    text = "".join(calibration or ()).encode()
+    facts = {
+        "format": to,
+        "method": job.method,
+        "choice of weights": [list(keep), [list(each) for each in rules]],
+        "container": [container, options],
+        "calibration text": sha256(text).hexdigest(),
+        "choice of windows": [job.windows, job.window, job.by_document, job.seed],
+        **facts_of(open_contents(folder)),
+    }
+    with console.progress() as bar:
+        try:
+            with open_job(output, facts, pace.restart) as place:
+                if place.published:
+                    typer.echo(f"{output}: finished already")
+                    return
+                finished = FinishedBlocks(place.folder / "blocks", place.journal)
+                if place.begun:
+                    bar.remark(f"going on with what is in {place.folder}")
+                bar.update("", "loading the model", 0.0)
+                from nybble.run import quantize
+
+                quantized = quantize(
+                    folder,
+                    to,
+                    job.method,
+                    calibration,
+                    keep,
+                    rules,
+                    progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
+                    windows=job.windows,
+                    window=job.window,
+                    seed=job.seed,
+                    packing=not job.by_document,
+                    finished=finished,
+                )
+                if finished.damaged:
+                    bar.remark(f"{finished.damaged} blocks were not what had been written; they were made again")
+                if container != "nybble":
+                    done = convert(quantized.contents(), place.place, container, options=options, force=True)
+                    written = replace(done, path=output)
+                else:
+                    quantized.save(place.place, force=True)
+                place.publish()
+        except (KeyboardInterrupt, OutputError) as error:
+            if (remark := how_to_go_on(output, error)) is not None:
+                bar.remark(remark)
+            raise
     if layers and quantized.accounts:
         show_accounts(quantized.accounts)
     if container != "nybble":

@@ -29,6 +29,7 @@ except ImportError:  # a system without it has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK, JOURNAL, REPLACED = "lock", "journal", "replaced"
+IN_USE = "is in use by"
 AT_ONCE = {"way of writing": "at once"}
 READY = "ready"
 """Key of the journal's last line: the output is whole, and only has to get its name."""
@@ -145,6 +146,13 @@ def has_begun(target: Path) -> bool:
     return bool(read_journal(job_folder(target) / JOURNAL)[1])
 
 
+def how_to_go_on(target: Path, error: BaseException) -> str | None:
+    """What to say when a job was stopped by an error and left something to go on from."""
+    if not has_begun(target) or IN_USE in str(error):
+        return None
+    return f"stopped; the same command goes on from {job_folder(target)}"
+
+
 def is_published(target: Path) -> bool:
     """Whether a job that goes on gave its output its name and was killed before it could take its folder away."""
     folder = job_folder(target)
@@ -199,7 +207,7 @@ def _lock(folder: Path) -> int | None:
         except BlockingIOError:
             holder = os.read(descriptor, 200).decode(errors="replace").strip()
             os.close(descriptor)
-            raise OutputError(f"{folder} is in use by {holder or 'another process'}; wait for it, or stop it") from None
+            raise OutputError(f"{folder} {IN_USE} {holder or 'another process'}; wait for it, or stop it") from None
         except OSError as error:
             if error.errno in NO_LOCKS:
                 return descriptor

@@ -1,0 +1,95 @@
+"""Blocks that a calibrated method is done with, kept on disk: a run that was stopped takes them up and only runs them.
+
+A block is a safetensors file in the job's folder, with a line of the journal that holds its SHA-256 and the accounts. What came
+of a block depends on the model, the text and the blocks before it alone, so that the rest comes out as it would have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.errors import InputError
+from nybble.files.journal import Journal
+from nybble.files.safetensors import SafetensorsFile, file_sha256, write
+from nybble.formats import QTensor, parse_format
+from nybble.methods.steps.choose import Account
+
+BLOCK = "block"
+MOVED = "moved."
+
+
+@dataclass(frozen=True)
+class Block:
+    """What became of one block."""
+
+    tensors: Mapping[str, QTensor]
+    """Name of a weight -> its codes, in the order they were decided."""
+    accounts: Mapping[str, Account]
+    moved: Mapping[str, NDArray[np.float32]]
+    """Name -> what a bias or a norm's gain became."""
+
+
+class FinishedBlocks:
+    """The finished blocks of a job."""
+
+    def __init__(self, folder: Path, journal: Journal) -> None:
+        self.folder, self.journal = folder, journal
+        self.taken = self.damaged = 0
+        self._known = {record[BLOCK]: record for record in journal.records if BLOCK in record}
+
+    def find(self, index: int) -> Block | None:
+        """A block, or None where it is not finished, or not what was written."""
+        record = self._known.get(index)
+        if record is None:
+            return None
+        try:
+            path = self._path(index)
+            if file_sha256(path) != record["sha256"]:
+                raise InputError(f"{path} is not what was written")
+            block = _read(SafetensorsFile(path), record)
+        except InputError:
+            self.damaged += 1
+            return None
+        self.taken += 1
+        return block
+
+    def keep(self, index: int, block: Block) -> None:
+        """Have a block on disk. Raises OutputError."""
+        self.folder.mkdir(exist_ok=True)
+        arrays: dict[str, NDArray[Any]] = {MOVED + name: value for name, value in block.moved.items()}
+        for name, tensor in block.tensors.items():
+            arrays.update({f"{name}.{suffix}": array for suffix, array in tensor.stored().items()})
+        write(self._path(index), arrays, {})
+        self.journal.append(
+            {
+                BLOCK: index,
+                "sha256": file_sha256(self._path(index)),
+                "formats": {name: [str(tensor.format), *tensor.shape] for name, tensor in block.tensors.items()},
+                "order": list(block.tensors),
+                "accounts": {name: dataclasses.astuple(account) for name, account in block.accounts.items()},
+            }
+        )
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:05}.safetensors"
+
+
+def _read(file: SafetensorsFile, record: Mapping[str, Any]) -> Block:
+    tensors = {}
+    for name in record["order"]:
+        spec, rows, columns = record["formats"][name]
+        fmt = parse_format(spec)
+        stored: dict[str, NDArray[Any]] = {
+            suffix: np.array(file.read(f"{name}.{suffix}")) for suffix in fmt.storage((rows, columns))
+        }
+        tensors[name] = QTensor.from_stored(fmt, stored, (rows, columns))
+    accounts = {name: Account(*values) for name, values in record["accounts"].items()}
+    moved = {name.removeprefix(MOVED): np.array(file.read(name)) for name in file.entries if name.startswith(MOVED)}
+    return Block(tensors, accounts, moved)
