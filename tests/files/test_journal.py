@@ -187,6 +187,24 @@ def test_a_job_that_was_killed_when_it_was_over(tmp_path: Path) -> None:
     assert not job_folder(target).exists()
 
 
+@pytest.mark.parametrize("names", [["notes.txt"], ["out"], ["lock", "notes.txt"], ["journal", "out"]])
+def test_a_folder_of_somebody_else_is_left_alone(names: list[str], tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    job_folder(target).mkdir()
+    for name in names:
+        (job_folder(target) / name).write_text("mine")
+    with pytest.raises(OutputError, match="is there, and nybble did not make it"):
+        end(target, KeyboardInterrupt())
+    assert {path.name: path.read_text() for path in job_folder(target).iterdir()} == dict.fromkeys(names, "mine")
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
+    job_folder(tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.part is a file"):
+        end(tmp_path / "out", KeyboardInterrupt())
+    assert job_folder(tmp_path / "out").read_text() == "mine"
+
+
 HOLD = """
 import sys, time
 from nybble.files.job import open_job

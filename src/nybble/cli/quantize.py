@@ -142,7 +142,7 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     if pace.memory is not None or pace.threads is not None:
         raise UsageError("--memory and --threads go with methods that read no calibration text: this one holds the model")
     from nybble.convert import facts_of
-    from nybble.files.job import how_to_go_on, open_job
+    from nybble.files.job import BLOCKS, how_to_go_on, open_job
 
     text = "".join(calibration or ()).encode()
     facts = {
@@ -160,7 +160,7 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
                 if place.published:
                     typer.echo(f"{output}: finished already")
                     return
-                finished = FinishedBlocks(place.folder / "blocks", place.journal)
+                finished = FinishedBlocks(place.folder / BLOCKS, place.journal)
                 if place.begun:
                     bar.remark(f"going on with what is in {place.folder}")
                 bar.update("", "loading the model", 0.0)

@@ -28,7 +28,7 @@ try:
 except ImportError:  # a system without it has no such locks
     fcntl = None  # type: ignore[assignment]
 
-LOCK, JOURNAL, REPLACED = "lock", "journal", "replaced"
+LOCK, JOURNAL, REPLACED, BLOCKS = "lock", "journal", "replaced", "blocks"
 IN_USE = "is in use by"
 AT_ONCE = {"way of writing": "at once"}
 READY = "ready"
@@ -82,6 +82,7 @@ def open_job(target: str | Path, facts: Mapping[str, Any], restart: bool = False
     target = Path(target).absolute()
     folder = job_folder(target)
     made = [parent for parent in target.parents if not parent.exists()]  # innermost first
+    _check_ours(folder, target.name)
     lock = _lock(folder)
     journal = None
     try:
@@ -180,6 +181,17 @@ def _appended(journal: Journal) -> bool:
     with suppress(OSError):
         return journal.path.read_bytes().count(b"\n") > 1
     return False
+
+
+def _check_ours(folder: Path, name: str) -> None:
+    """Raise OutputError for a folder that is somebody else's: it would be taken away in the end."""
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        known = {LOCK, JOURNAL, f".{JOURNAL}.part", REPLACED, BLOCKS, name, f"{name}.part"}
+        if names and (LOCK not in names or names - known):
+            raise OutputError(f"{folder} is there, and nybble did not make it; name another output, or move it away")
+    elif folder.exists():
+        raise OutputError(f"{folder} is a file, where the work is to be kept; name another output, or move it away")
 
 
 def _restore(folder: Path, target: Path) -> None:
