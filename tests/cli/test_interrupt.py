@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -150,6 +151,28 @@ def test_quantize_goes_on(sent: signal.Signals, start: Start, tmp_path: Path) ->
     assert whole.wait(90) == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"tmp", "out", "whole"}
+
+
+def test_compare_measures_nothing_twice(start: Start, tmp_path: Path) -> None:
+    command = ("compare", "--variants", "fp32,int8", "--windows", "4", "--repeats", "1", "-o", "out")
+    journal = tmp_path / "out.part" / "journal"
+    process = start(*command)
+    wait_for(lambda: journal.exists() and b"record" in journal.read_bytes(), process)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=90)[1]
+    assert process.returncode == 130, stderr
+    assert f"stopped; the same command goes on from {tmp_path / 'out.part'}" in stderr
+    process = start(*command[:-4], "--repeats", "2", "-o", "out")
+    assert "holds a run with another way of timing" in process.communicate(timeout=90)[1]
+    process = start(*command)
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, stderr
+    assert "1 variants are measured" in stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [record["variant"] for record in records] == ["fp32", "int8:channel"]
+    assert records[0]["run"] == records[1]["run"]
+    assert {path.name for path in tmp_path.iterdir()} == {"tmp", "out"}
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith("nybble-")]
 
 
 def test_workers_die_with_a_killed_parent(start: Start, tmp_path: Path) -> None:

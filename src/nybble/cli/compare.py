@@ -47,39 +47,76 @@ def run(
         str | None,
         typer.Option(help="Calibration text for methods that read any: FILE, hub:DATASET, or self: the model's own."),
     ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run measured, and begin anew.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
 ) -> None:
     """Measure, write the output folder, show the table."""
+    from nybble.errors import NybbleError
     from nybble.evaluate.compare import compare
-    from nybble.files.job import new_folder
+    from nybble.evaluate.record import from_line
+    from nybble.files.folder import check_output
+    from nybble.files.job import how_to_go_on, is_published, open_job, remove
     from nybble.report import write_report
+    from nybble.version import __version__
 
-    with new_folder(output, force, marker="results.jsonl") as work, console.progress() as bar:
-        records = compare(
-            model,
-            text,
-            variants,
-            shape=shape,
-            protocol=protocol,
-            window=window,
-            windows=windows,
-            stride=stride,
-            prompt=prompt,
-            new_tokens=new_tokens,
-            repeats=repeats,
-            threads=threads,
-            seed=seed,
-            keep=keep or (),
-            rules=console.parse_rules(rule or ()),
-            calibrate=calibrate,
-            work=work,
-            download=True,
-            progress=bar.update,
-        )
-        lines = "".join(record.to_line() + "\n" for record in records)
-        (work / "results.jsonl").write_text(lines, encoding="utf-8")
-        bar.update("", "writing the page", 1.0)
-        write_report(records, work / "report.html")
+    rules = console.parse_rules(rule or ())
+    check_output(output, force or is_published(output), marker="results.jsonl")
+    facts = {
+        "version of nybble": __version__,
+        "model": model,
+        "text": None if text is None else str(text),
+        "variants": variants,
+        "shape": shape,
+        "way of scoring": [protocol, window, windows, stride],
+        "way of timing": [prompt, new_tokens, repeats, threads],
+        "seed": seed,
+        "choice of weights": [list(keep or ()), [list(each) for each in rules]],
+        "calibration": calibrate,
+    }
+    with console.progress() as bar:
+        try:
+            with open_job(output, facts, restart) as job:
+                known = [from_line(record["record"]) for record in job.journal.records if "record" in record]
+                if job.published:
+                    records = known
+                else:
+                    if known:
+                        bar.remark(f"going on with what is in {job.folder}: {len(known)} variants are measured")
+                    remove(job.place)
+                    job.place.mkdir()
+                    records = compare(
+                        model,
+                        text,
+                        variants,
+                        shape=shape,
+                        protocol=protocol,
+                        window=window,
+                        windows=windows,
+                        stride=stride,
+                        prompt=prompt,
+                        new_tokens=new_tokens,
+                        repeats=repeats,
+                        threads=threads,
+                        seed=seed,
+                        keep=keep or (),
+                        rules=rules,
+                        calibrate=calibrate,
+                        work=job.place,
+                        download=True,
+                        progress=bar.update,
+                        on_record=lambda record: job.journal.append({"record": record.to_line()}),
+                        known=known,
+                    )
+                    bar.update("", "writing the page", 1.0)
+                    text_of = "".join(record.to_line() + "\n" for record in records)
+                    (job.place / "results.jsonl").write_text(text_of, encoding="utf-8")
+                    write_report(records, job.place / "report.html")
+                    job.publish()
+        except (KeyboardInterrupt, NybbleError) as error:
+            if (remark := how_to_go_on(output, error)) is not None:
+                bar.remark(remark)
+            raise
+    lines = "".join(record.to_line() + "\n" for record in records)
     if as_json:
         typer.echo(lines, nl=False)
         return

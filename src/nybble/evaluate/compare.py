@@ -29,8 +29,9 @@ from nybble.evaluate import memory
 from nybble.evaluate.job import Job, Worker
 from nybble.evaluate.record import EngineRecord, LayerRecord, Record, Run
 from nybble.evaluate.variants import Variant, parse_variants
+from nybble.files.journal import check_same
 from nybble.methods import parse_method
-from nybble.models.checkpoint import check_float, check_tokenizer, is_causal, open_checkpoint
+from nybble.models.checkpoint import Checkpoint, check_float, check_tokenizer, is_causal, open_checkpoint
 from nybble.models.hub import resolve
 from nybble.version import __version__
 
@@ -65,13 +66,15 @@ def compare(
     download: bool = False,
     progress: Progress | None = None,
     on_record: Callable[[Record], None] | None = None,
+    known: Sequence[Record] = (),
 ) -> list[Record]:
     """Measure variants of a model folder (default: the model that ships) and return their records, the baseline first.
 
     `text` is a file; by default the held-out part of this Python's own standard library. `shape` measures random weights
     of a known shape instead: memory and speed only. `windows` windows of `window` tokens are scored under `protocol`.
     `calibrate` is another text for methods that read any: a file, `hub:DATASET`, or `self`, and the model writes it.
-    `work` is a folder for scratch files (default: the system's); `on_record` is called as each record is complete.
+    `work` is a folder for scratch files (default: the system's); `on_record` is called as each record is complete;
+    `known` are records of an earlier run of the same, whose variants are not measured again.
     Raises NybbleError subclasses: wrong arguments, unusable model or text, weights that are not finite, a worker that died.
     """
     names = parse_variants(variants if isinstance(variants, str) else ",".join(variants))
@@ -127,7 +130,8 @@ def compare(
             check_tokenizer(folder)
         name = f"{shape} shape, random weights" if shape else (checkpoint.name if model is not None else demo.NAME)
         facts = {"name": name, "random_weights": shape is not None}
-        return _measure_all(job, path, facts, text_facts, progress, on_record)
+        _check_known(known, checkpoint, text_facts)
+        return _measure_all(job, path, facts, text_facts, progress, on_record, known)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -140,6 +144,16 @@ def _check_calibration(variants: Sequence[Variant], given: bool) -> None:
             raise method.lacks_calibration()
 
 
+def _check_known(known: Sequence[Record], checkpoint: Checkpoint, text_facts: dict[str, Any] | None) -> None:
+    """Raise UsageError for records of another model or text, or made by other programs."""
+    if not known:
+        return
+    run = known[0].run
+    was = {"model": run.model["sha256"], "text": (run.text or {}).get("sha256"), "versions": {**run.versions, "torch": ""}}
+    now = {"model": checkpoint.sha256(), "text": (text_facts or {}).get("sha256"), "versions": {**_versions(), "torch": ""}}
+    check_same(Path("the output"), was, now)
+
+
 def _measure_all(
     job: Job,
     path: Path,
@@ -147,23 +161,34 @@ def _measure_all(
     text_facts: dict[str, Any] | None,
     progress: Progress | None,
     on_record: Callable[[Record], None] | None,
+    known: Sequence[Record],
 ) -> list[Record]:
+    found = {record.variant: record for record in known}
+    if set(job.variants) <= set(found):
+        return [found[spec] for spec in job.variants]
+
     def report(index: int, inner: float, what: str) -> None:
         if progress:
             done = (index + inner) / len(job.variants) if index >= 0 else 0.0
             progress(job.variants[index] if index >= 0 else "", what, done)
 
-    report(-1, 0, "measuring memory bandwidth")
-    bandwidth = kernels.read_bandwidth(BANDWIDTH_BYTES, job.threads, 3)
+    run = known[0].run if known else None
+    if run is None:
+        report(-1, 0, "measuring memory bandwidth")
+    bandwidth = (
+        float(run.machine["bandwidth_bytes_per_second"]) if run else kernels.read_bandwidth(BANDWIDTH_BYTES, job.threads, 3)
+    )
     records: list[Record] = []
-    run: Run | None = None
     with Worker("quality", path, threads=job.threads, what="quality") as quality:
         report(-1, 0, "loading the float model")
         events = quality.events()
         ready = _follow(events, "ready", lambda what, fraction: report(-1, 0, f"{what} ({fraction:.0%})"))
         for i, spec in enumerate(job.variants):
+            if spec in found:
+                records.append(found[spec])
+                continue
             quality.what = spec
-            quality.ask()
+            quality.ask(i)
             made = _follow(events, "variant", lambda what, fraction, i=i: report(i, 0.6 * fraction, what))  # type: ignore[misc]
             report(i, 0.6, "memory and speed, in a process of its own")
             with Worker("measure", path, made["folder"], threads=job.threads, what=spec) as worker:
@@ -234,12 +259,7 @@ def _run(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         model={**model_facts, **facts},
         text={**text_facts, **ready["text"]} if text_facts and ready["text"] else None,
-        versions={
-            "nybble": __version__,
-            "python": platform.python_version(),
-            "torch": ready["torch"],
-            **{package: _version(package) for package in ("transformers", "tokenizers", "numpy")},
-        },
+        versions={**_versions(), "torch": ready["torch"]},
         machine={
             **memory.machine(),
             "bandwidth_bytes_per_second": bandwidth,
@@ -252,6 +272,11 @@ def _run(
         new_tokens=job.new_tokens,
         repeats=job.repeats,
     )
+
+
+def _versions() -> dict[str, str]:
+    packages = {package: _version(package) for package in ("transformers", "tokenizers", "numpy")}
+    return {"nybble": __version__, "python": platform.python_version(), "torch": "", **packages}
 
 
 def _version(package: str) -> str:

@@ -100,11 +100,11 @@ class Worker:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
 
-    def ask(self) -> None:
-        """Let the worker go on with its next piece."""
+    def ask(self, index: int) -> None:
+        """Let the worker go on with a piece."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died: `events` says how
-            self._process.stdin.write("\n")
+            self._process.stdin.write(f"{index}\n")
             self._process.stdin.flush()
 
     def events(self) -> Iterator[dict[str, Any]]:

@@ -77,8 +77,9 @@ def quality(job: Job) -> None:
             "bos": windows.bos is not None,
         },
     )
-    for i, (variant, plan) in enumerate(plans):
-        sys.stdin.readline()
+    for asked in sys.stdin:
+        i = int(asked)
+        variant, plan = plans[i]
         observer = LayerObserver(plan, model_limit, layer_limits)
         folder = Path(job.work) / f"variant-{i}"
         seconds = _make_variant(model, plan, calibration, Path(job.folder), observer, folder)
@@ -98,7 +99,6 @@ def quality(job: Job) -> None:
             model_histogram_limit=model_limit,
             model_histogram=observer.model_counts.tolist(),
         )
-    emit("done")
 
 
 def _make_variant(model: Any, plan: Any, calibration: Any, source: Path, observer: Any, folder: Path) -> float:

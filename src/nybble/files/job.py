@@ -4,8 +4,8 @@
     OUTPUT.part/journal    what is finished (journal.py)
     OUTPUT.part/NAME       the output itself while it is made: a folder or a file
 
-The same command takes up what an earlier one left. What is wrong with the input or the command leaves nothing behind; what may
-go another way next time (a full disk, an interruption) leaves the folder as soon as a piece in it is finished.
+The same command takes up what an earlier one left. What is wrong with the input or the command leaves nothing behind that was not
+there before; what may go another way next time (a full disk, an interruption) leaves the folder once a piece in it is finished.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import NybbleError, OutputError
+from nybble.errors import MeasureError, NybbleError, OutputError
 from nybble.files.folder import check_output, remove_empty
 from nybble.files.journal import Journal, read_journal, sync_folder
 
@@ -61,7 +61,7 @@ class Job:
         old = self.folder / REPLACED
         replaces = self.target.is_dir()
         if replaces:
-            _remove(old)
+            remove(old)
             os.rename(self.target, old)
         try:
             os.rename(self.place, self.target)  # a file takes another's place in one step
@@ -89,7 +89,7 @@ def open_job(target: str | Path, facts: Mapping[str, Any], restart: bool = False
         if restart:
             for path in folder.iterdir():
                 if path.name not in (LOCK, REPLACED):
-                    _remove(path)
+                    remove(path)
         _restore(folder, target)
         journal = Journal(folder / JOURNAL, facts)
         job = Job(target, folder, journal)
@@ -97,10 +97,10 @@ def open_job(target: str | Path, facts: Mapping[str, Any], restart: bool = False
         journal.close()
         _clear(folder)
     except BaseException as error:
-        keep = journal is not None and facts != AT_ONCE and bool(journal.records or _appended(journal))
         if journal is not None:
             journal.close()
-            if not keep or (isinstance(error, NybbleError) and not isinstance(error, OutputError)):
+            passing = not isinstance(error, NybbleError) or isinstance(error, OutputError | MeasureError)
+            if facts == AT_ONCE or not (journal.records or (passing and _appended(journal))):
                 _clear(folder)
         elif not (folder / JOURNAL).exists():
             _clear(folder)
@@ -119,7 +119,7 @@ def new_output(target: str | Path, restart: bool = False) -> Iterator[Path]:
     """A place beside `target` that gets its name when the block ends, and is removed when it fails: what is written at once, with
     nothing to go on from. What a killed process left is removed first. Raises as `open_job`."""
     with open_job(target, AT_ONCE, restart) as job:
-        _remove(job.place)
+        remove(job.place)
         yield job.place
         job.publish()
 
@@ -242,11 +242,12 @@ def _clear(folder: Path) -> None:
     """Take a job's folder away, its lock last."""
     with suppress(OSError):
         for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
-            _remove(path)
+            remove(path)
         folder.rmdir()
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Take a file or a folder away, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
