@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"work": work, "library": library, "tasks": torture.tasks(torture.small_model(work / "model"), text)}
 
 
-@pytest.mark.parametrize(("kind", "every", "shots"), [("rtn", 13, 4), ("gguf", 23, 2), ("convert", 29, 0)])
+@pytest.mark.parametrize(("kind", "every", "shots"), [("rtn", 19, 2), ("gguf", 31, 1)])
 def test_pieces(kind: str, every: int, shots: int, place: dict[str, Any]) -> None:
     job = torture.Torture(place["tasks"][kind], place["library"], place["work"])
     assert job.calls > 40, "what counts is counted"
