@@ -173,7 +173,9 @@ class Torture:
 
     def check(self, what: str) -> None:
         """The output is the reference, and nothing else is there."""
-        assert self.digests() == self.reference, f"{what}: another output"
+        found = self.digests()
+        differ = sorted(name for name in {*found, *self.reference} if found.get(name) != self.reference.get(name))
+        assert not differ, f"{what}: another output ({', '.join(differ)})"
         left = {path.name for path in self.folder.iterdir()} - {self.task.name}
         assert not left, f"{what}: {sorted(left)} is left"
 
@@ -192,6 +194,8 @@ class Torture:
         if done.returncode != 0:
             self.check_said(what, done)
             there = self.folder / self.task.name
+            if self.task.kind == "train":  # its folder holds the run; without config.json it is no model
+                there = there / "config.json"
             assert not there.exists() or self.digests() == self.reference, f"{what}: half an output"
         self.settle(what)
         if self.task.kind == "train":

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from nybble.errors import FileFormatError, InputError, UsageError, shown
-from nybble.files.job import new_folder
+from nybble.files.job import new_folder, sweep
 from nybble.files.json_strict import read_object
 from nybble.files.safetensors import SafetensorsFile, file_sha256, write
 
@@ -86,6 +86,8 @@ def save(folder: Path, standing: Standing, facts: Mapping[str, Any]) -> Path:
         }
         said = {"state": state, "sha256": _digest(state)}
         (work / FACTS).write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
+    for left in folder.glob("step-*.part"):  # of a run that was killed when it had written one
+        sweep(left.with_suffix(""))
     old = sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
     for each in old[:-KEPT]:
         shutil.rmtree(each, ignore_errors=True)
