@@ -105,6 +105,19 @@ assert not {"torch", "transformers", "matplotlib"} & set(sys.modules), "inspect 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("verb", ["quantize", "convert"])
+def test_what_is_made_piece_by_piece_imports_no_torch(verb: str, tmp_path: Path, python_script: Callable[..., str]) -> None:
+    """It would take longer to import than most models take to be rounded, and 200 MB."""
+    words = {
+        "quantize": ("MODEL", "--to", "int4:g64", "-o", "OUT"),
+        "convert": ("MODEL", "OUT", "--to", "q8_0", "--file", "gguf"),
+    }
+    places = {"MODEL": str(demo.model_folder()), "OUT": str(tmp_path / "out")}
+    program = "import sys; from nybble.cli import _run; _run(sys.argv[1:]); assert 'torch' not in sys.modules"
+    python_script(program, verb, *(places.get(word, word) for word in words[verb]))
+    assert (tmp_path / "out").exists()
+
+
 def test_eval_gives_the_same_figures_as_json(packed: Path, nybble_command: Run) -> None:
     arguments = ("eval", packed, "--windows", "2", "--window", "128")
     facts = json.loads(succeed(nybble_command(*arguments, "--json")))

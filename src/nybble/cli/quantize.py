@@ -113,7 +113,6 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     from nybble.containers import open_contents
     from nybble.containers.saving import check_target, container_of
     from nybble.convert import convert, stay_float, streams
-    from nybble.finished import FinishedBlocks
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
@@ -141,8 +140,9 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
         return
     if pace.memory is not None or pace.threads is not None:
         raise UsageError("--memory and --threads go with methods that read no calibration text: this one holds the model")
-    from nybble.convert import facts_of
+    from nybble.convert import facts_of  # what follows imports torch: only where it is needed
     from nybble.files.job import BLOCKS, how_to_go_on, open_job
+    from nybble.finished import FinishedBlocks
 
     text = "".join(calibration or ()).encode()
     facts = {
