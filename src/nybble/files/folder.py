@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -37,3 +38,10 @@ def remove_empty(folders: list[Path]) -> None:
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
+
+
+def file_mode() -> int:
+    """Access bits of a new file, as the user's mask has it: temporary files are made with fewer."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError, InputError, OutputError, shown
+from nybble.files.folder import file_mode
 from nybble.files.gguf_values import MAX_KEY_BYTES, Head, Value, broken
 from nybble.files.opening import open_file
 
@@ -294,7 +295,7 @@ def write_gguf(path: str | Path, metadata: Mapping[str, Value], tensors: Sequenc
         written = _read_again(temporary, path)
         if list(written.tensors) != [tensor.name for tensor in tensors]:
             raise OutputError(f"{path} could not be read back as written")
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, file_mode())
         os.replace(temporary, path)
     except OSError as error:
         if isinstance(error, OutputError):
@@ -347,9 +348,3 @@ def _head(keys: Mapping[str, Value], tensors: Sequence[Tensor], alignment: int) 
         start += -start % alignment
     head = b"".join(parts)
     return head + bytes(-len(head) % alignment)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -21,7 +21,7 @@ from typing import Any
 
 from nybble.errors import MeasureError, NybbleError, OutputError
 from nybble.files.folder import check_output, remove_empty
-from nybble.files.journal import Journal, read_journal, sync_folder
+from nybble.files.journal import Journal, read_journal, sync_folder, sync_tree
 
 try:
     import fcntl
@@ -55,7 +55,8 @@ class Job:
         return any(READY in record for record in self.journal.records) and not self.place.exists() and self.target.exists()
 
     def publish(self) -> None:
-        """Give the output its name, in place of what has it. All of it is on disk already."""
+        """Have all of the output on disk, then give it its name, in place of what has it."""
+        sync_tree(self.place)
         self.journal.append({READY: True})
         sync_folder(self.folder)
         old = self.folder / REPLACED
@@ -100,7 +101,7 @@ def open_job(target: str | Path, facts: Mapping[str, Any], restart: bool = False
         if journal is not None:
             journal.close()
             passing = not isinstance(error, NybbleError) or isinstance(error, OutputError | MeasureError)
-            if facts == AT_ONCE or not (journal.records or (passing and _appended(journal))):
+            if facts == AT_ONCE or not (journal.records or (passing and journal.appended)):
                 _clear(folder)
         elif not (folder / JOURNAL).exists():
             _clear(folder)
@@ -174,13 +175,6 @@ def sweep(target: Path) -> None:
             _clear(folder)
             if lock is not None:
                 os.close(lock)
-
-
-def _appended(journal: Journal) -> bool:
-    """Whether something was finished since the journal was opened."""
-    with suppress(OSError):
-        return journal.path.read_bytes().count(b"\n") > 1
-    return False
 
 
 def _check_ours(folder: Path, name: str) -> None:

@@ -35,13 +35,13 @@ class Journal:
         """What was finished before, oldest first."""
         self.damaged = 0
         """Lines that were not what had been written."""
+        self.appended = False
+        """Whether anything was finished since."""
         first = {"journal": VERSION, "facts": json.loads(json.dumps(dict(facts)))}
         try:
             lines = _lines(path)
             if lines:
                 self._take_up(lines, first["facts"])
-            else:
-                self.damaged = 0
             if not lines or self.damaged or not path.read_bytes().endswith(b"\n"):
                 _replace(path, b"".join(map(_line, (first, *self.records))))
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # it stays open
@@ -68,6 +68,7 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self.appended = True
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -129,9 +130,15 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
+    """Have the names in a folder, or the bytes of a file, reach the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Have a file, or all files and names in a folder, reach the disk."""
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        sync_folder(each)

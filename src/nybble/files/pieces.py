@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import OutputError
+from nybble.files.folder import file_mode
 from nybble.files.journal import Journal
 
 PIECES = "pieces"
@@ -138,7 +139,7 @@ class PieceFile:
             done = 0
             while done < len(head):
                 done += os.pwrite(self._file, head[done:], done)
-            os.fchmod(self._file, 0o666 & ~_umask())
+            os.fchmod(self._file, file_mode())
             os.fsync(self._file)
         except OSError as error:
             raise self._failed(error) from error
@@ -164,9 +165,3 @@ class PieceFile:
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(f"cannot write {self.path} ({self.size:,} bytes): {error.strerror or error}")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import InputError, OutputError, shown
+from nybble.files.folder import file_mode
 from nybble.files.opening import open_file
 from nybble.files.safetensors_header import ALIGNMENT, DTYPES, MAX_HEADER_BYTES, Entry, broken, read_header
 
@@ -144,7 +145,7 @@ def write(
         written = SafetensorsFile(temporary)
         if list(written.entries) != [name for name, _ in items]:
             raise OutputError(f"{path} could not be read back as written")
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, file_mode())
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({size} bytes): {error.strerror or error}") from error
@@ -169,9 +170,3 @@ def layout(
     encoded += b" " * (-len(encoded) % ALIGNMENT)
     head = len(encoded).to_bytes(8, "little") + encoded
     return head, {name: (len(head) + start, length) for name, (start, length) in places.items()}
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nybble.errors import InputError, OutputError
 from nybble.evaluate.record import EngineRecord, Record
+from nybble.files.folder import file_mode
 from nybble.report.column import Column
 from nybble.report.judge import find_baseline, judge_variant
 from nybble.report.table import Row, Table, summary_table
@@ -111,7 +112,7 @@ def _write_all(files: dict[Path, bytes], stale: list[Path]) -> None:
             pending.append((temporary, path))
             with os.fdopen(handle, "wb") as stream:
                 stream.write(content)
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, file_mode())
         while pending:
             os.replace(*pending[0])
             pending.pop(0)
@@ -126,10 +127,3 @@ def _write_all(files: dict[Path, bytes], stale: list[Path]) -> None:
         for temporary, _ in pending:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
-
-
-def _umask() -> int:
-    """The process's mask, which mkstemp ignores; it can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

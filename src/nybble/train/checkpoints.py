@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nybble.errors import FileFormatError, InputError, UsageError, shown
+from nybble.errors import FileFormatError, InputError, UsageError
 from nybble.files.job import new_folder, sweep
+from nybble.files.journal import check_same
 from nybble.files.json_strict import read_object
 from nybble.files.safetensors import SafetensorsFile, file_sha256, write
 
@@ -86,12 +87,17 @@ def save(folder: Path, standing: Standing, facts: Mapping[str, Any]) -> Path:
         }
         said = {"state": state, "sha256": _digest(state)}
         (work / FACTS).write_text(json.dumps(said, indent=1, sort_keys=True), encoding="utf-8")
-    for left in folder.glob("step-*.part"):  # of a run that was killed when it had written one
+    tidy(folder)
+    return path
+
+
+def tidy(folder: Path) -> None:
+    """Drop checkpoints that are too old, and what a run left that was killed when it had written one."""
+    for left in folder.glob("step-*.part"):
         sweep(left.with_suffix(""))
     old = sorted((p for p in folder.glob("step-*") if NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
     for each in old[:-KEPT]:
         shutil.rmtree(each, ignore_errors=True)
-    return path
 
 
 def load(path: Path, facts: Mapping[str, Any]) -> Standing:
@@ -103,7 +109,7 @@ def load(path: Path, facts: Mapping[str, Any]) -> Standing:
         for name, was, now in ((FACTS, said["sha256"], _digest(state)), (TENSORS, state["tensors"], tensors_sha256)):
             if was != now:
                 raise FileFormatError(f"{path / name} is not what was written (its checksum differs); remove {path}")
-        _compare(path, state["facts"], facts)
+        check_same(path.parent.parent, _named(state["facts"]), _named(facts))
         file = SafetensorsFile(path / TENSORS)
         tensors = {name: _tensor(file, name) for name in file.entries}
         moments: dict[int, dict[str, Any]] = {}
@@ -132,10 +138,6 @@ def _tensor(file: SafetensorsFile, name: str) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if file.entries[name].dtype == "BF16" else tensor
 
 
-def _compare(path: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name in sorted({*was, *now}):
-        if was.get(name) != now.get(name):
-            raise UsageError(
-                f"{path.parent.parent} holds a run with another {name.replace('_', ' ')} "
-                f"({shown(was.get(name))}, now {shown(now.get(name))}): give the same again, another folder, or --restart"
-            )
+def _named(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts under names that a person reads, in order."""
+    return {name.replace("_", " "): facts[name] for name in sorted(facts)}

@@ -125,6 +125,7 @@ class Trainer:
             self.scaler.load_state_dict(standing.scaler)
         self.done = standing.step
         if self.world.first:
+            checkpoints.tidy(self.folder / CHECKPOINTS)
             lines = [line for line in read_log(self.folder) if line.step <= self.done]
             _write_lines(self.folder / LOG, lines)
         return self.done
