@@ -42,6 +42,7 @@ LAYERS = (
     {"walk"},
     {"quantized"},
     {"run"},
+    {"blockwise"},
     {"evaluate", "train"},
     {"report"},
     {"bench"},

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from nybble.calibrate.blocks import Blocks
 from nybble.calibrate.channels import channels_of
+from nybble.calibrate.states import States
 from nybble.calibrate.watching import catch_inputs
 from nybble.calibrate.workers import Workers
 from nybble.errors import NumericError
@@ -30,6 +33,7 @@ from nybble.methods.steps.settings import Settings
 from nybble.models.arch import table_for
 from nybble.models.float_weights import weight_view
 from nybble.models.folding import Fold, folds
+from nybble.models.shelf import Shelf
 
 TOLERANCE = 1e-3
 """How far what a block adds may move, as a share of it, before an edit counts as wrong: far over any rounding of float32."""
@@ -61,10 +65,13 @@ def edit_blocks(
     windows: NDArray[np.integer[Any]],
     workers: Workers,
     report: Callable[[str, int, int], None],
+    shelf: Shelf | None = None,
+    scratch: Path | None = None,
 ) -> list[Edit]:
     """Edit a float model in place, as `settings.edit` says, and give the account of every place.
 
-    `formats` are those of the weights that will be rounded, by name; `windows` are token ids [windows, tokens]. A place is
+    `formats` are those of the weights that will be rounded, by name; `windows` are token ids [windows, tokens]; `shelf` and
+    `scratch` are as of `Blocks`: a block that is taken off a shelf again is edited again. A place is
     left alone where the scale would not cancel, where nothing that reads it is rounded, and where the block would compute
     something else. Raises InputError where the model has no blocks, NumericError that names the matrices.
     """
@@ -73,18 +80,21 @@ def edit_blocks(
     places, reason = folds(table, config)
     if reason or not formats:
         return [Edit("", reason=reason or "no weight is rounded")]
-    blocks = Blocks(model, windows)
+    shelf = shelf or Shelf()
+    blocks = Blocks(model, windows, shelf, scratch)
     if not table.block.endswith(blocks.prefix + ".{i}"):
         return [Edit("", reason=f"the blocks are {blocks.prefix}, the table's are {table.block}")]
     states, edits = blocks.hidden, []
-    for index in range(len(blocks)):
+    for index, block in enumerate(blocks.modules):
         path = f"{blocks.prefix}.{index}"
         found = [_Place(model, path, place, formats) for place in places]
-        # All scales of a block before any is folded: they do not depend on each other.
-        edits += _fold_checked(
-            model, blocks, index, states[0], [_choose(p, blocks, index, states, settings, workers) for p in found]
-        )
-        states = list(workers.map(lambda state, i=index: blocks.run(i, state), states))  # type: ignore[misc]
+        with shelf.out(block):
+            # All scales of a block before any is folded: they do not depend on each other.
+            wanted = [_choose(place, blocks, index, states, settings, workers) for place in found]
+            done = _fold_checked(model, blocks, index, states[0], wanted)
+            blocks.advance(index, states, workers)
+        shelf.redo(block, partial(apply_edits, model, done))
+        edits += done
         report(f"editing {path}", index + 1, len(blocks))
     return edits
 
@@ -96,6 +106,17 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit]) -> set[str]:
         if edit.scale is not None and edit.fold is not None:
             changed |= _fold(model, edit.source, edit.readers, edit.fold, edit.scale)
     return changed
+
+
+def changed_by(model: nn.Module, edits: Iterable[Edit], prefix: str = "") -> set[str]:
+    """Names of the parameters that edits change, of those that begin with a prefix."""
+    names: set[str] = set()
+    for edit in edits:
+        if edit.scale is not None:
+            names |= {f"{reader}.weight" for reader in edit.readers}
+            own = model.get_submodule(edit.source)._parameters
+            names |= {f"{edit.source}.{leaf}" for leaf in ("weight", "bias") if own.get(leaf) is not None}
+    return {name for name in names if name.startswith(prefix)}
 
 
 def summary(edits: Iterable[Edit]) -> dict[str, int]:
@@ -127,7 +148,7 @@ class _Place:
         return Edit(self.source, self.readers, self.fold, reason=reason)
 
 
-def _choose(place: _Place, blocks: Blocks, index: int, states: list[Tensor], settings: Settings, workers: Workers) -> Edit:
+def _choose(place: _Place, blocks: Blocks, index: int, states: States, settings: Settings, workers: Workers) -> Edit:
     if place.reason:
         return place.left(place.reason)
     layer = place.layers[0]

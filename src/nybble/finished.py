@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nybble.formats import QTensor, parse_format
 from nybble.methods.steps.choose import Account
 
 BLOCK = "block"
-MOVED = "moved."
+MOVED, EDITED = "moved.", "edited."
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Block:
     accounts: Mapping[str, Account]
     moved: Mapping[str, NDArray[np.float32]]
     """Name -> what a bias or a norm's gain became."""
+    edited: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Name -> what an edit made of a tensor that stays in float, as it lies in a checkpoint."""
 
 
 class FinishedBlocks:
@@ -43,6 +45,7 @@ class FinishedBlocks:
         self.folder, self.journal = folder, journal
         self.taken = self.damaged = 0
         self._known = {record[BLOCK]: record for record in journal.records if BLOCK in record}
+        self._places: dict[str, int] = {}
 
     def find(self, index: int) -> Block | None:
         """A block, or None where it is not finished, or not what was written."""
@@ -58,38 +61,52 @@ class FinishedBlocks:
             self.damaged += 1
             return None
         self.taken += 1
+        self._places.update(dict.fromkeys(block.tensors, index))
         return block
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a weight was found or kept."""
+        return name in self._places
+
+    def read(self, name: str) -> QTensor:
+        """A weight that was found or kept. Raises InputError where its file is gone."""
+        index = self._places[name]
+        return _tensor(SafetensorsFile(self._path(index)), self._known[index], name)
 
     def keep(self, index: int, block: Block) -> None:
         """Have a block on disk. Raises OutputError."""
         self.folder.mkdir(exist_ok=True)
         arrays: dict[str, NDArray[Any]] = {MOVED + name: value for name, value in block.moved.items()}
+        arrays.update({EDITED + name: value for name, value in block.edited.items()})
         for name, tensor in block.tensors.items():
             arrays.update({f"{name}.{suffix}": array for suffix, array in tensor.stored().items()})
         write(self._path(index), arrays, {})
-        self.journal.append(
-            {
-                BLOCK: index,
-                "sha256": file_sha256(self._path(index)),
-                "formats": {name: [str(tensor.format), *tensor.shape] for name, tensor in block.tensors.items()},
-                "order": list(block.tensors),
-                "accounts": {name: dataclasses.astuple(account) for name, account in block.accounts.items()},
-            }
-        )
+        self._known[index] = {
+            BLOCK: index,
+            "sha256": file_sha256(self._path(index)),
+            "formats": {name: [str(tensor.format), *tensor.shape] for name, tensor in block.tensors.items()},
+            "order": list(block.tensors),
+            "accounts": {name: dataclasses.astuple(account) for name, account in block.accounts.items()},
+        }
+        self.journal.append(self._known[index])
+        self._places.update(dict.fromkeys(block.tensors, index))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05}.safetensors"
 
 
 def _read(file: SafetensorsFile, record: Mapping[str, Any]) -> Block:
-    tensors = {}
-    for name in record["order"]:
-        spec, rows, columns = record["formats"][name]
-        fmt = parse_format(spec)
-        stored: dict[str, NDArray[Any]] = {
-            suffix: np.array(file.read(f"{name}.{suffix}")) for suffix in fmt.storage((rows, columns))
-        }
-        tensors[name] = QTensor.from_stored(fmt, stored, (rows, columns))
+    tensors = {name: _tensor(file, record, name) for name in record["order"]}
     accounts = {name: Account(*values) for name, values in record["accounts"].items()}
-    moved = {name.removeprefix(MOVED): np.array(file.read(name)) for name in file.entries if name.startswith(MOVED)}
-    return Block(tensors, accounts, moved)
+    return Block(tensors, accounts, _floats(file, MOVED), _floats(file, EDITED))
+
+
+def _tensor(file: SafetensorsFile, record: Mapping[str, Any], name: str) -> QTensor:
+    spec, rows, columns = record["formats"][name]
+    fmt = parse_format(spec)
+    stored: dict[str, NDArray[Any]] = {suffix: np.array(file.read(f"{name}.{suffix}")) for suffix in fmt.storage((rows, columns))}
+    return QTensor.from_stored(fmt, stored, (rows, columns))
+
+
+def _floats(file: SafetensorsFile, prefix: str) -> dict[str, NDArray[np.float32]]:
+    return {name.removeprefix(prefix): np.array(file.read(name)) for name in file.entries if name.startswith(prefix)}

@@ -26,7 +26,7 @@ from nybble.calibrate.workers import Workers
 from nybble.edits import Edit, apply_edits, summary
 from nybble.errors import InputError, NumericError
 from nybble.finished import FinishedBlocks
-from nybble.formats import Format, QTensor, parse_format
+from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations
 from nybble.methods import Method, parse_method
 from nybble.methods.steps.choose import Account
@@ -38,6 +38,7 @@ from nybble.models.gelu import quick_activations
 from nybble.models.loading import DTYPES, evaluating, lay_out_for_half, load_model, quiet
 from nybble.models.packed import PackedWeight
 from nybble.models.replace import replace_weights
+from nybble.models.shelf import Shelf
 from nybble.plan import Plan, Recipe, make_plan, prunes
 from nybble.quantized import Quantized, stored_tensor
 from nybble.version import __version__
@@ -71,10 +72,7 @@ def quantize(
     or globs), `rules` gives others a format of their own.
     Raises UsageError for specs and patterns, InputError for the model or text, NumericError naming the tensor.
     """
-    parsed = parse_method(method)
-    if seed and parsed.settings.draws and not any(option.startswith("seed=") for option in parsed.options):
-        parsed = parse_method(f"{parsed}:seed={seed}")
-    recipe = Recipe(format, str(parsed), tuple(keep), tuple(rules))
+    recipe = Recipe(format, str(seeded(method, seed)), tuple(keep), tuple(rules))
     source, owned, stored = None, False, None
     if not isinstance(model, nn.Module):
         checkpoint = open_checkpoint(model)
@@ -86,7 +84,7 @@ def quantize(
         raise InputError(f"this {type(model).__name__} is quantized already; quantize the float model it was made from")
     plan = make_plan(describe(model, stored), recipe)
     with evaluating(model):
-        token_windows = _windows(model, plan, calibration, source, windows, window, seed, packing, progress)
+        token_windows = draw_windows(model, plan, calibration, source, windows, window, seed, packing, progress)
         return quantize_by_plan(model, plan, token_windows, source, owned, progress, finished=finished)
 
 
@@ -108,7 +106,7 @@ def quantize_by_plan(
     have each weight, by name, as far as its code stays the nearest. Raises UsageError where a method needs windows and has none.
     """
     method = parse_method(plan.recipe.method)
-    provenance = _provenance(plan, source)
+    provenance = provenance_of(plan, source)
     rows = plan.packed
     known = sites(model)
     formats = {row.tensor.name: parse_format(row.format or "") for row in rows}
@@ -116,27 +114,18 @@ def quantize_by_plan(
         raise method.lacks_calibration()
     if windows is not None and method.uses_calibration:
         check_windows(model, windows)
-        digest = sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes()).hexdigest()
-        provenance["calibration"] = {"windows": len(windows), "tokens": windows.shape[1], "sha256": digest}
+        provenance["calibration"] = windows_of(windows)
     packed: dict[str, QTensor] = {}
     accounts: dict[str, Account] = {}
     edits: list[Edit] = []
     edited: set[str] = set()
     moved: dict[str, torch.Tensor] = {}
     if method.settings.blockwise and windows is not None:
-        walked = {row.tensor.name: formats[row.tensor.name] for row in rows if row.method != "cast"}
         mine = consume and observe is None and method.settings.edit == "none"  # nobody needs its float weights again
         float_model = model if mine else copy.deepcopy(model)
-        walk = _walk(float_model, plan, method, walked, windows, progress, places, finished)
-        packed, accounts, edits, moved = walk.tensors, walk.accounts, walk.edits, walk.moved
-        if edits:
-            provenance["edits"] = summary(edits)
-        if moved:
-            biases = sum(name.endswith("bias") for name in moved)
-            provenance["moved"] = {"biases": biases, "norms": len(moved) - biases}
-        if walk.history:  # on the calibration windows that were held back
-            best = min(loss for _, loss in walk.history)
-            provenance["tuning"] = {"steps": walk.history[-1][0], "KL before": walk.history[0][1], "KL after": best}
+        walked = walk(float_model, plan, windows, progress, places, finished)
+        packed, accounts, edits, moved = walked.tensors, walked.accounts, walked.edits, walked.moved
+        provenance |= done_by(walked)
         if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
             model, consume = model if consume else copy.deepcopy(model), True
             edited, known = apply_edits(model, edits), sites(model)
@@ -171,25 +160,31 @@ def quantize_by_plan(
     return result
 
 
-def _walk(
+def walk(
     model: PreTrainedModel,
     plan: Plan,
-    method: Method,
-    formats: dict[str, Format],
     windows: NDArray[np.integer[Any]],
     progress: Progress | None,
-    places: dict[str, NDArray[np.float32]] | None,
-    finished: FinishedBlocks | None,
+    places: dict[str, NDArray[np.float32]] | None = None,
+    finished: FinishedBlocks | None = None,
+    shelf: Shelf | None = None,
+    scratch: Path | None = None,
+    threads: int | None = None,
 ) -> Walk:
-    """A calibrated method on a model whose weights it replaces on its way. What tunes all weights together in the end needs more
-    of them than their codes, and keeps none."""
+    """A calibrated method on a model whose weights it replaces on its way. With a shelf, where the weights are, what is decided
+    is in `finished` alone. What tunes all weights together in the end needs more of them than their codes, and keeps none."""
+    method = parse_method(plan.recipe.method)
     finished = finished if method.settings.tune == 0 and places is None else None
+    formats = {row.tensor.name: parse_format(row.format or "") for row in plan.packed if row.method != "cast"}
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
     layers = {name: site.modules[0] for name, site in sites(model).items()}
     fused = [name for name, role in roles.items() if role == "query, key and value"]
     groups = {name: 3 for name in fused if len(weight_view(layers[name])) % 3 == 0}
-    with quiet(), quick_activations(model), Workers() as workers:
-        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress, finished=finished, places=places)
+    with quiet(), quick_activations(model), Workers(threads) as workers:
+        walk = Walk(model, layers, formats, method.settings, windows, groups, workers, progress)
+        walk.finished, walk.places, walk.scratch = finished, places, scratch
+        if shelf is not None:
+            walk.shelf, walk.holds = shelf, False
         walk.run()
     return walk
 
@@ -241,7 +236,7 @@ def _copy_without(model: PreTrainedModel, owners: list[nn.Module]) -> PreTrained
     return copy.deepcopy(model, memo=dict(shared))
 
 
-def _windows(
+def draw_windows(
     model: PreTrainedModel,
     plan: Plan,
     calibration: Any,
@@ -252,7 +247,8 @@ def _windows(
     packing: bool,
     progress: Progress | None,
 ) -> NDArray[np.int64] | None:
-    """Calibration as token windows, None where the method reads none."""
+    """Calibration, as `quantize` takes it, as token windows; None where the method reads none. Only a model that is to write
+    them needs its weights."""
     if calibration is None or not parse_method(plan.recipe.method).uses_calibration:
         return None
     if isinstance(calibration, str) and calibration == SELF:
@@ -287,7 +283,36 @@ def _windows_of_text(
     return calibration_windows(ids[0] if packing else ids, context_length(model), bos, count, length, seed)
 
 
-def _provenance(plan: Plan, source: Path | None) -> dict[str, Any]:
+def seeded(method: str, seed: int) -> Method:
+    """A method that draws with a seed, where it draws and its own options name none."""
+    parsed = parse_method(method)
+    if seed and parsed.settings.draws and not any(option.startswith("seed=") for option in parsed.options):
+        parsed = parse_method(f"{parsed}:seed={seed}")
+    return parsed
+
+
+def windows_of(windows: NDArray[np.integer[Any]]) -> dict[str, Any]:
+    """What a file says of the calibration windows."""
+    digest = sha256(np.ascontiguousarray(windows, dtype="<i8").tobytes()).hexdigest()
+    return {"windows": len(windows), "tokens": windows.shape[1], "sha256": digest}
+
+
+def done_by(walk: Walk) -> dict[str, Any]:
+    """What a file says of a walk, beside its windows."""
+    found: dict[str, Any] = {}
+    if walk.edits:
+        found["edits"] = summary(walk.edits)
+    if walk.moved:
+        biases = sum(name.endswith("bias") for name in walk.moved)
+        found["moved"] = {"biases": biases, "norms": len(walk.moved) - biases}
+    if walk.history:  # on the calibration windows that were held back
+        best = min(loss for _, loss in walk.history)
+        found["tuning"] = {"steps": walk.history[-1][0], "KL before": walk.history[0][1], "KL after": best}
+    return found
+
+
+def provenance_of(plan: Plan, source: Path | None) -> dict[str, Any]:
+    """What a file says of how it was made, whatever the method."""
     return {
         "nybble": __version__,
         "torch": torch.__version__,

@@ -10,9 +10,10 @@ holding decoded weights, and the biases and norms that were moved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nybble.calibrate.blocks import Blocks, no_cache
+from nybble.calibrate.blocks import Blocks
 from nybble.calibrate.fisher import token_weights
 from nybble.calibrate.predictions import Predictions
+from nybble.calibrate.states import States, copied
 from nybble.calibrate.statistics import CHUNK, Statistics, Sums
 from nybble.calibrate.watching import catch_inputs, inputs_of
 from nybble.calibrate.workers import Workers
-from nybble.edits import Edit, edit_blocks
+from nybble.edits import Edit, changed_by, edit_blocks
 from nybble.errors import NumericError
 from nybble.finished import Block, FinishedBlocks
 from nybble.formats import Format, QTensor
@@ -36,7 +38,8 @@ from nybble.methods.steps.latent import FloatLatent, Latent, Sign
 from nybble.methods.steps.settings import Settings
 from nybble.methods.steps.tuning import Pace, tune
 from nybble.methods.steps.wanted import wanted
-from nybble.models.float_weights import float_weight, put_weight, turned
+from nybble.models.float_weights import float_weight, put_weight, turned, weight_view
+from nybble.models.shelf import Shelf
 
 Progress = Callable[[str, int, int], None]
 
@@ -63,12 +66,20 @@ class Walk:
     """What was changed in the float model before the walk."""
     moved: dict[str, Tensor] = field(default_factory=dict)
     """Name -> what a bias or a norm's gain became, float32."""
+    edited: dict[str, Tensor] = field(default_factory=dict)
+    """Name -> what an edit made of a tensor that stays in float, float32 as the model holds it, where `holds` is off."""
     history: list[tuple[int, float]] = field(default_factory=list)
     """Of tuning all layers together: (step, KL on the windows held back)."""
     block_histories: list[list[tuple[int, float]]] = field(default_factory=list)
     """Of tuning blocks: (step, mean squared error of what the block gives, on the windows held back)."""
     finished: FinishedBlocks | None = None
     """Where blocks are kept that are decided, and taken from."""
+    shelf: Shelf = field(default_factory=Shelf)
+    """Where the model's weights are."""
+    scratch: Path | None = None
+    """Folder for hidden states; None: they stay in memory."""
+    holds: bool = True
+    """Whether `tensors` keeps what `finished` has too."""
     places: dict[str, NDArray[np.float32]] | None = None
     """Name -> float32 [N, K]: where each weight would rather be, as far as its code stays the nearest; None: nobody asks."""
     _latents: dict[str, Latent] = field(default_factory=dict)
@@ -81,13 +92,14 @@ class Walk:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         if self.settings.edit != "none":  # from here on the edited float model is the float model
-            self.edits = edit_blocks(self.model, self.formats, self.settings, self.windows, self.workers, self._report)
+            self.edits = edit_blocks(
+                self.model, self.formats, self.settings, self.windows, self.workers, self._report, self.shelf, self.scratch
+            )
         self._tuned = any(self.settings.tunes(fmt.bits) for fmt in self.formats.values())
         together = self._tuned and self.settings.tune > 0
         predictions = Predictions(self.model, self.windows, self.workers) if together else None
         self._counts = self._token_weights() if self.settings.fisher else {}
-        self._blocks()
-        self._others()
+        self._others(*self._blocks())
         if predictions is not None:
             self._tune(predictions)
 
@@ -102,95 +114,121 @@ class Walk:
             self.model, modules, groups, self.windows, self.settings.fisher, self.settings.seed, self.workers, report
         )
 
-    def _blocks(self) -> None:
-        blocks = Blocks(self.model, self.windows)
-        settings = self.settings
-        floats = present = blocks.hidden
-        if settings.float_stream and settings.inputs == "quantized":
-            floats = [state.clone() for state in present]
+    def _blocks(self) -> tuple[Blocks, States]:
+        """Walk through the blocks; returns them, and what the last one gives."""
+        blocks = Blocks(self.model, self.windows, self.shelf, self.scratch)
+        present = blocks.hidden
+        floats = copied(present, self.scratch) if self.settings.float_stream else present
         for index, block in enumerate(blocks.modules):
-            inside = {id(module) for module in block.modules()}
-            layers = {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
-            known = None if self.finished is None else self.finished.find(index)
-            twin = copy.deepcopy(block) if settings.float_stream else None
-            if known is not None:
-                self._take(known)
-            before = set(self.moved)
-            twins = {} if twin is None else dict(zip(map(id, block.modules()), twin.modules(), strict=True))
-            for group in blocks.calls(index, present[0], layers) if layers and known is None else ():
-                layer = layers[group[0]]
-                inputs = partial(_look, blocks, index, present, layer, None)
-                float_inputs = partial(_look, blocks, index, floats, twins.get(id(layer), layer), twin)
-                with catch_inputs(layer, twins.get(id(layer))):
-                    if settings.inputs == "float":
-                        stats = self._statistics(group, float_inputs, None)
-                    else:
-                        stats = self._statistics(group, inputs, float_inputs if settings.target > 0 else None)
-                self._inside |= set(group)
-                for name in group:
-                    self._decide(name, stats[name])
-            if twin is not None:
-                self._advance(floats, partial(blocks.run, index, module=twin))
-                if self._tuned and settings.block_tune and layers and known is None:
-                    self._tune_block(blocks, index, present, floats)
-            if self.finished is not None and known is None:
-                moved = {name: self.moved[name].numpy() for name in self.moved if name not in before}
-                decided = [name for name in self.tensors if name in layers]
-                self.finished.keep(
-                    index,
-                    Block({n: self.tensors[n] for n in decided}, {n: self.accounts[n] for n in decided}, moved),
-                )
-            if settings.inputs == "quantized":
-                self._advance(present, partial(blocks.run, index))
+            with self.shelf.out(block):
+                self._block(blocks, index, present, floats)
+        return blocks, present
+
+    def _block(self, blocks: Blocks, index: int, present: States, floats: States) -> None:
+        """Decide the weights of one block, and bring both streams through it."""
+        settings, block = self.settings, blocks.modules[index]
+        inside = {id(module) for module in block.modules()}
+        layers = {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
+        known = None if self.finished is None else self.finished.find(index)
+        twin = copy.deepcopy(block) if settings.float_stream else None
+        if known is not None:
+            self._take(known)
+        before = set(self.moved)
+        twins = {} if twin is None else dict(zip(map(id, block.modules()), twin.modules(), strict=True))
+        for group in blocks.calls(index, present[0], layers) if layers and known is None else ():
+            layer = layers[group[0]]
+            inputs = partial(_look, blocks, index, present, layer, None)
+            float_inputs = partial(_look, blocks, index, floats, twins.get(id(layer), layer), twin)
+            with catch_inputs(layer, twins.get(id(layer))):
+                if settings.inputs == "float":
+                    stats = self._statistics(group, float_inputs, None)
+                else:
+                    stats = self._statistics(group, inputs, float_inputs if settings.target > 0 else None)
+            self._inside |= set(group)
+            for name in group:
+                self._decide(name, stats[name])
+        if twin is not None:
+            blocks.advance(index, floats, self.workers, twin)
+            if self._tuned and settings.block_tune and layers and known is None:
+                self._tune_block(blocks, index, present, floats)
+        if known is None:
+            edited: set[str] = set()
+            if not self.holds:
+                edited = changed_by(self.model, self.edits, f"{blocks.prefix}.{index}.") - set(layers)
+                self.edited |= {name: self.model.get_parameter(name).detach().clone() for name in edited}
+            self._keep(index, [name for name in layers if name in self.tensors], set(self.moved) - before, edited)
+        blocks.advance(index, present, self.workers)
+
+    def _keep(self, index: int, names: Collection[str], moved: Collection[str], edited: Collection[str] = ()) -> None:
+        """Have what was decided on disk."""
+        if self.finished is None:
+            return
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in names}  # in the order they were decided
+        accounts = {name: self.accounts[name] for name in tensors}
+        became = {name: self.moved[name].numpy() for name in sorted(moved)}
+        edits = {name: self.edited[name].numpy() for name in sorted(edited)}
+        self.finished.keep(index, Block(tensors, accounts, became, edits))
+        if not self.holds:
+            for name in tensors:
+                del self.tensors[name]
 
     def _take(self, block: Block) -> None:
         """Put what an earlier run decided in its place."""
         for name, value in block.moved.items():
             self._move(name, torch.from_numpy(value))
+        self.edited |= {name: torch.from_numpy(value) for name, value in block.edited.items()}
         for name, tensor in block.tensors.items():
-            self.tensors[name], self.accounts[name] = tensor, block.accounts[name]
+            if self.holds:
+                self.tensors[name] = tensor
+            self.accounts[name] = block.accounts[name]
             put_weight(self.layers[name], tensor.decode())
-            self._report(name, len(self.tensors), len(self.formats))
+            self._report(name, len(self.accounts), len(self.formats))
 
-    def _advance(self, states: list[Tensor], block: Callable[[Tensor], Tensor]) -> None:
-        """Hidden states one block on, in place: two whole streams would be the most memory that a walk takes."""
-        for w, state in enumerate(self.workers.map(block, states)):
-            states[w] = state
-
-    def _others(self) -> None:
+    def _others(self, blocks: Blocks, states: States) -> None:
         """Weights outside the blocks, and those in blocks that no window reaches. A linear layer has the statistics of its
-        inputs; a table that is only looked up has none: every column counts alike. A head that is also a table: both."""
+        inputs; a table that is only looked up has none: every column counts alike. A head that is also a table: both. `states`
+        are what the last block gives."""
+        for number, name in enumerate([name for name in self.formats if name not in self.accounts]):
+            known = None if self.finished is None else self.finished.find(len(blocks) + number)
+            with self.shelf.out(self.layers[name]):
+                if known is not None:
+                    self._take(known)
+                else:
+                    before = set(self.moved)
+                    self._decide(name, self._statistics_of_other(name, blocks, states))
+                    self._keep(len(blocks) + number, [name], set(self.moved) - before)
+            if self.finished is not None and not self.holds:
+                self.shelf.redo(self.layers[name], partial(self._put_again, name, self.finished))
+
+    def _put_again(self, name: str, finished: FinishedBlocks) -> None:
+        put_weight(self.layers[name], finished.read(name).decode())
+
+    def _statistics_of_other(self, name: str, blocks: Blocks, states: States) -> Statistics:
+        layer = self.layers[name]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        for name in [name for name in self.formats if name not in self.tensors]:
-            layer = self.layers[name]
-            columns = float_weight(layer).shape[1]
-            alike = torch.eye(columns, dtype=torch.float64)
-            user: nn.Module = layer
-            tied = head is not None and head is not layer and head._parameters["weight"] is layer._parameters["weight"]
-            if tied:
-                user = head
-            stats = Statistics([alike], None, 0)
-            if not isinstance(user, nn.Embedding) and self._reached(user):
+        alike = torch.eye(weight_view(layer).shape[1], dtype=torch.float64)
+        user: nn.Module = layer
+        tied = head is not None and head is not layer and head._parameters["weight"] is layer._parameters["weight"]
+        if tied:
+            user = head
+        stats = Statistics([alike], None, 0)
+        if isinstance(user, nn.Embedding):
+            return stats
+        with blocks.skipped(states) as run, torch.no_grad(), catch_inputs(user):
+            found = inputs_of(user, lambda: run(0))
+            if found is None or len(found) != self.windows.shape[1]:
+                return stats
 
-                def inputs(w: int, user: nn.Module = user) -> Tensor:
-                    found = inputs_of(user, lambda: self._forward(w))
-                    assert found is not None
-                    return found
+            def inputs(w: int) -> Tensor:
+                found = inputs_of(user, lambda: run(w))
+                assert found is not None
+                return found
 
-                with catch_inputs(user):
-                    stats = self._statistics([name], inputs, None)[name]
-                if tied:
-                    moment = stats.moments[0]
-                    stats = Statistics([(moment + moment.diagonal().mean() * alike) / 2], None, stats.tokens)
-            self._decide(name, stats)
-
-    def _forward(self, window: int) -> Any:
-        return self.model(torch.from_numpy(self.windows[window : window + 1].astype(np.int64)), **no_cache(self.model))
-
-    def _reached(self, layer: nn.Module) -> bool:
-        with torch.no_grad(), catch_inputs(layer):
-            found = inputs_of(layer, lambda: self._forward(0))
-        return found is not None and len(found) == self.windows.shape[1]
+            stats = self._statistics([name], inputs, None)[name]
+        if tied:
+            moment = stats.moments[0]
+            stats = Statistics([(moment + moment.diagonal().mean() * alike) / 2], None, stats.tokens)
+        return stats
 
     def _statistics(
         self, group: list[str], inputs: Callable[[int], Tensor], float_inputs: Callable[[int], Tensor] | None
@@ -245,7 +283,7 @@ class Walk:
         if stats.means is not None:
             self._move(name.removesuffix("weight") + "bias", moved_bias(_bias(layer), weight, decoded, stats))
         put_weight(layer, decoded)
-        self._report(name, len(self.tensors), len(self.formats))
+        self._report(name, len(self.accounts), len(self.formats))
 
     def _move(self, name: str, value: Tensor) -> None:
         """Put a value in the place of a bias or a norm's gain."""
@@ -253,7 +291,7 @@ class Walk:
         with torch.no_grad():
             self.model.get_parameter(name).copy_(value)
 
-    def _tune_block(self, blocks: Blocks, index: int, inputs: list[Tensor], aims: list[Tensor]) -> None:
+    def _tune_block(self, blocks: Blocks, index: int, inputs: States, aims: States) -> None:
         """Tune the weights of one block, so that what it makes of `inputs` comes near what the float block makes of its own."""
         inside = {id(module) for module in blocks.modules[index].modules()}
         latents = {name: latent for name, latent in self._latents.items() if id(self.layers[name]) in inside}
@@ -345,5 +383,5 @@ def _bias(layer: nn.Module) -> Tensor:
     return bias.detach()
 
 
-def _look(blocks: Blocks, index: int, states: list[Tensor], layer: nn.Module, whole: nn.Module | None, window: int) -> Tensor:
+def _look(blocks: Blocks, index: int, states: States, layer: nn.Module, whole: nn.Module | None, window: int) -> Tensor:
     return blocks.inputs(index, states[window], layer, whole)

@@ -45,7 +45,7 @@ def test_what_was_stopped_comes_out_the_same(
         raise KeyboardInterrupt
 
     blocks = 0
-    for _ in range(3):
+    for _ in range(5):
         journal = Journal(tmp_path / "journal", {})
         finished = FinishedBlocks(tmp_path / "blocks", journal)
         with monkeypatch.context() as patch:
@@ -55,7 +55,7 @@ def test_what_was_stopped_comes_out_the_same(
             except KeyboardInterrupt:
                 blocks += 1
         journal.close()
-    assert blocks == (0 if method == "imatrix" else 2), "a tiny model has two blocks; imatrix walks through none"
+    assert blocks == (0 if method == "imatrix" else 4), "a tiny GPT-2 has two blocks and two tables; imatrix walks through none"
     journal = Journal(tmp_path / "journal", {})
     finished = FinishedBlocks(tmp_path / "blocks", journal)
     again = made(tiny("gpt2"), method, windows, finished)
@@ -81,7 +81,7 @@ def test_a_damaged_block_is_made_again(tiny: Callable[..., Any], windows: Any, t
         finished = FinishedBlocks(tmp_path / "blocks", journal)
         again = made(tiny("llama"), "gptq", windows, finished)
         journal.close()
-        assert (finished.taken, finished.damaged) == (1, 1)
+        assert (finished.taken, finished.damaged) == (3, 1)
         assert same(again, whole)
 
 

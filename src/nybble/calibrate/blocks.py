@@ -1,13 +1,16 @@
 """A model as a row of blocks: run one block at a time over all calibration windows, and look at what its layers are fed.
 
-Only the hidden states between two blocks are kept, float32 [windows, T, width]; a block's own activations live for one
-window. What else a block is called with (masks, rotary tables) is the same for every window, and taken from the first.
+Only the hidden states between two blocks are kept, float32 [windows, T, width], in memory or on disk; a block's own
+activations live for one window. What else a block is called with (masks, rotary tables) is the same for every window, and taken
+from the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,18 +18,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nybble.calibrate.states import States, new_states
 from nybble.calibrate.watching import Stop, inputs_of
+from nybble.calibrate.workers import Workers
 from nybble.errors import InputError
 from nybble.models.packed import replaceable
+from nybble.models.shelf import Shelf
 
 
 class Blocks:
     """The repeated blocks of a model and the hidden states that enter the first of them."""
 
-    def __init__(self, model: nn.Module, windows: NDArray[np.integer[Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, windows: NDArray[np.integer[Any]], shelf: Shelf | None = None, folder: Path | None = None
+    ) -> None:
+        """`shelf` is where the model's weights are, if not in it; hidden states are kept in a folder, if not in memory."""
         self.prefix, self.modules = find_blocks(model)
+        self._model, self._windows, self._shelf = model, windows, shelf or Shelf()
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._rests: list[tuple[Any, ...] | None] = []
+        first = self._look_at_arguments()
+        self.hidden = new_states(folder, len(windows), first)
+        entered: list[Tensor] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered.append(args[0] if args else kwargs["hidden_states"])
+            raise Stop
+
+        hook = self.modules[0].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            with torch.no_grad(), self.around():
+                for window in range(1, len(windows)):
+                    with suppress(Stop):
+                        self._forward(window)
+                    self.hidden[window] = entered.pop().detach().clone()
+        finally:
+            hook.remove()
+
+    def _look_at_arguments(self) -> Tensor:
+        """What blocks are called with beside hidden states, and give beside them; returns what enters the first."""
         hidden: list[Tensor] = []
+        taken = ExitStack()
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if args:
@@ -37,28 +69,69 @@ class Blocks:
             self._arguments.append((rest, kwargs))
             if len(self._arguments) == 1:
                 hidden.append(state.detach().clone())
+            taken.enter_context(self._shelf.out(module))
 
-        def first(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-            raise Stop
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            taken.close()
+            self._rests.append(output[1:] if isinstance(output, tuple) else None)
+            if module is self.modules[-1]:
+                raise Stop
 
-        with torch.no_grad():
-            hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self.modules]
-            try:
-                model(torch.from_numpy(windows[:1].astype(np.int64)), **no_cache(model))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            if len(self._arguments) != len(self.modules):
-                raise InputError(f"the blocks {self.prefix} of this {type(model).__name__} do not run once each, in order")
-            one = self.modules[0].register_forward_pre_hook(first, with_kwargs=True)
-            try:
-                for window in windows[1:]:
-                    with suppress(Stop):
-                        model(torch.from_numpy(window[None].astype(np.int64)), **no_cache(model))
-            finally:
-                one.remove()
-        self.hidden = hidden
+        hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self.modules]
+        hooks += [module.register_forward_hook(after) for module in self.modules]
+        try:
+            with torch.no_grad(), self.around(), suppress(Stop):
+                self._forward(0)
+        finally:
+            taken.close()
+            for hook in hooks:
+                hook.remove()
+        if len(self._arguments) != len(self.modules):
+            raise InputError(f"the blocks {self.prefix} of this {type(self._model).__name__} do not run once each, in order")
+        return hidden[0]
+
+    def _forward(self, window: int) -> Any:
+        ids = torch.from_numpy(self._windows[window : window + 1].astype(np.int64))
+        return self._model(ids, **no_cache(self._model))
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Within it all that is not in the blocks has its weights, but for a head of its own."""
+        head, table = (getattr(self._model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
+        but = list(self.modules)
+        if head is not None and (table is None or head._parameters.get("weight") is not table._parameters.get("weight")):
+            but.append(head)
+        with self._shelf.out(self._model, but=but):
+            yield
+
+    @contextmanager
+    def skipped(self, states: States) -> Iterator[Callable[[int], Any]]:
+        """Within it the model's blocks do nothing but give `states`, what the last of them would: the function given runs all
+        the rest on a window, on any thread."""
+        here = threading.local()
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                state = args[0] if args else kwargs["hidden_states"]
+                if index == len(self.modules) - 1:
+                    state = states[here.window]
+                rest = self._rests[index]
+                return state if rest is None else (state, *rest)
+
+            return forward
+
+        def run(window: int) -> Any:
+            here.window = window
+            return self._forward(window)
+
+        for index, module in enumerate(self.modules):
+            module.forward = stub(index)
+        try:
+            with self.around():
+                yield run
+        finally:
+            for module in self.modules:
+                del module.forward
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -67,6 +140,11 @@ class Blocks:
         """What block `index` makes of one window's hidden states [1, T, width]; `module` in its place."""
         with torch.no_grad():
             return self._call(index, state, module)
+
+    def advance(self, index: int, states: States, workers: Workers, module: nn.Module | None = None) -> None:
+        """Hidden states one block on, in place: two whole streams would be the most memory that a walk takes."""
+        for window, state in enumerate(workers.map(lambda w: self.run(index, states[w], module), range(len(states)))):
+            states[window] = state
 
     def _call(self, index: int, state: Tensor, module: nn.Module | None = None) -> Tensor:
         args, kwargs = self._arguments[index]

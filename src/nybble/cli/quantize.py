@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from hashlib import sha256
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,10 +12,11 @@ import typer
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.cli import console
 from nybble.cli.convert import show as show_conversion
-from nybble.errors import OutputError, UsageError
+from nybble.errors import UsageError
 
 if TYPE_CHECKING:
     from nybble.convert import Conversion
+    from nybble.methods.steps.choose import Account
     from nybble.plan import Recipe
 
 NAME = "quantize"
@@ -110,9 +111,8 @@ class Pace:
 def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force: bool, pace: Pace) -> None:
     """Quantize and save; say what it takes on disk."""
     from nybble.calibrate.source import read_calibration
-    from nybble.containers import open_contents
     from nybble.containers.saving import check_target, container_of
-    from nybble.convert import convert, stay_float, streams
+    from nybble.convert import stay_float, streams
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
@@ -140,64 +140,27 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
         return
     if pace.memory is not None or pace.threads is not None:
         raise UsageError("--memory and --threads go with methods that read no calibration text: this one holds the model")
-    from nybble.convert import facts_of  # what follows imports torch: only where it is needed
-    from nybble.files.job import BLOCKS, how_to_go_on, open_job
-    from nybble.finished import FinishedBlocks
+    from nybble.blockwise import Calibration, quantize_folder  # imports torch: only where it is needed
 
-    text = "".join(calibration or ()).encode()
-    facts = {
-        "format": to,
-        "method": job.method,
-        "choice of weights": [list(keep), [list(each) for each in rules]],
-        "container": [container, options],
-        "calibration text": sha256(text).hexdigest(),
-        "choice of windows": [job.windows, job.window, job.by_document, job.seed],
-        **facts_of(open_contents(folder)),
-    }
+    drawn = Calibration(calibration, job.windows, job.window, not job.by_document, job.seed)
     with console.progress() as bar:
-        try:
-            with open_job(output, facts, pace.restart) as place:
-                if place.published:
-                    typer.echo(f"{output}: finished already")
-                    return
-                finished = FinishedBlocks(place.folder / BLOCKS, place.journal)
-                if place.begun:
-                    bar.remark(f"going on with what is in {place.folder}")
-                bar.update("", "loading the model", 0.0)
-                from nybble.run import quantize
-
-                quantized = quantize(
-                    folder,
-                    to,
-                    job.method,
-                    calibration,
-                    keep,
-                    rules,
-                    progress=lambda what, done, total: bar.update("", what, done / max(1, total)),
-                    windows=job.windows,
-                    window=job.window,
-                    seed=job.seed,
-                    packing=not job.by_document,
-                    finished=finished,
-                )
-                if finished.damaged:
-                    bar.remark(f"{finished.damaged} blocks were not what had been written; they were made again")
-                if container != "nybble":
-                    done = convert(quantized.contents(), place.place, container, options=options, force=True)
-                    written = replace(done, path=output)
-                else:
-                    quantized.save(place.place, force=True)
-                place.publish()
-        except (KeyboardInterrupt, OutputError) as error:
-            if (remark := how_to_go_on(output, error)) is not None:
-                bar.remark(remark)
-            raise
-    if layers and quantized.accounts:
-        show_accounts(quantized.accounts)
-    if container != "nybble":
-        show_conversion(written, checkpoint.bytes)
+        made = quantize_folder(
+            folder,
+            output,
+            container,
+            Recipe(to, job.method, tuple(keep), tuple(rules)),
+            drawn,
+            options,
+            pace.restart,
+            bar.remark,
+            lambda what, done, total: bar.update("", what, done / max(1, total)),
+        )
+    if made is None:
+        typer.echo(f"{output}: finished already")
         return
-    _say_size(output, checkpoint.bytes, quantized.provenance["bits_per_weight"])
+    if layers and made.accounts:
+        show_accounts(made.accounts)
+    _say(container, made.conversion, checkpoint.bytes)
 
 
 def _piece_by_piece(
@@ -247,7 +210,7 @@ def _say_size(output: Path, before: int, bits: float) -> None:
     )
 
 
-def show_accounts(accounts: dict) -> None:  # type: ignore[type-arg]  # dict[str, Account], imported late to start fast
+def show_accounts(accounts: Mapping[str, Account]) -> None:
     """A table of what a calibrated method did to each weight."""
     rows = [
         [

@@ -33,18 +33,22 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTra
     return _load(checkpoint.config, checkpoint.folder, dtype, checkpoint.folder)
 
 
-def load_state(config: dict[str, Any], state: dict[str, torch.Tensor], dtype: torch.dtype, path: Path) -> PreTrainedModel:
+def load_state(
+    config: dict[str, Any], state: dict[str, torch.Tensor], dtype: torch.dtype, path: Path, check: bool = True
+) -> PreTrainedModel:
     """The model of a config.json and the tensors of its state, packed ones as nybble's own folders have them. `path` is what
-    errors name; they are those of `load_model`."""
+    errors name; they are those of `load_model`, without `check` but for values that are not finite."""
     kind = str(config.get("model_type"))
     try:
         built = AutoConfig.for_model(**config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"transformers has no model of {path}, model_type {kind!r}: {_first_line(error)}") from error
-    return _load(config, None, dtype, path, config=built, state_dict=state)
+    return _load(config, None, dtype, path, check, config=built, state_dict=state)
 
 
-def _load(facts: dict[str, Any], folder: Path | None, dtype: torch.dtype, path: Path, **arguments: Any) -> PreTrainedModel:
+def _load(
+    facts: dict[str, Any], folder: Path | None, dtype: torch.dtype, path: Path, check: bool = True, **arguments: Any
+) -> PreTrainedModel:
     cls = _model_class(facts)
     with quiet():
         try:
@@ -67,7 +71,8 @@ def _load(facts: dict[str, Any], folder: Path | None, dtype: torch.dtype, path: 
             f"{path} does not fill its model: {len(missing)} tensors missing, {len(mismatched)} of another "
             f"shape ({names}{', ...' if len(missing + mismatched) > 3 else ''}); is config.json of another model?"
         )
-    check_finite(model)
+    if check:
+        check_finite(model)
     if dtype in (torch.float16, torch.bfloat16):
         lay_out_for_half(model)
     return model.eval()
@@ -79,17 +84,21 @@ def check_finite(model: PreTrainedModel) -> None:
     Reads every float once and makes no copy: a few milliseconds for 100 MB.
     """
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-            continue
-        # NaN comes through minimum and maximum alike, infinity through one of them
-        if all(math.isfinite(end) for end in map(float, torch.aminmax(tensor))):
-            continue
-        places = (~torch.isfinite(tensor)).nonzero()
-        first = tuple(int(i) for i in places[0])
-        raise NumericError(
-            f"{name}: {len(places)} of {tensor.numel()} values are not finite, the first is {float(tensor[first])} at "
-            f"{list(first)}; repair the checkpoint or get it again"
-        )
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+            check_values(name, tensor)
+
+
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise NumericError, naming the tensor, how many and where, when it holds NaN or infinity."""
+    # NaN comes through minimum and maximum alike, infinity through one of them
+    if not tensor.numel() or all(math.isfinite(end) for end in map(float, torch.aminmax(tensor))):
+        return
+    places = (~torch.isfinite(tensor)).nonzero()
+    first = tuple(int(i) for i in places[0])
+    raise NumericError(
+        f"{name}: {len(places)} of {tensor.numel()} values are not finite, the first is {float(tensor[first])} at "
+        f"{list(first)}; repair the checkpoint or get it again"
+    )
 
 
 def lay_out_for_half(model: PreTrainedModel) -> None:
@@ -206,6 +215,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 __all__ = [
     "DTYPES",
     "check_finite",
+    "check_values",
     "context_length",
     "empty_model",
     "evaluating",

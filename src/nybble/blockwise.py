@@ -1,0 +1,219 @@
+"""A calibrated method from a model folder to a file, as a job that goes on after it was stopped.
+
+Most methods need one block at a time: its weights are read from the checkpoint, what is decided of it goes to disk, and the
+output is written from there, so that neither the float model nor the packed one is ever held. What looks at the whole model
+(tuning all layers together, gradients of all of them, grids for the packed model's activations) holds it, as `run.quantize` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.calibrate.source import SELF
+from nybble.containers import Contents, open_contents
+from nybble.convert import Conversion, convert, facts_of
+from nybble.converting import Progress
+from nybble.errors import NumericError, OutputError
+from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job
+from nybble.finished import FinishedBlocks
+from nybble.formats import QTensor, parse_format
+from nybble.formats.activations import Activations
+from nybble.methods import Method
+from nybble.methods.steps.choose import Account
+from nybble.models.checkpoint import open_checkpoint
+from nybble.models.describe import describe
+from nybble.models.loading import evaluating, load_model
+from nybble.models.shelf import FileShelf, shelved_model
+from nybble.plan import Plan, PlanRow, Recipe, make_plan
+from nybble.run import done_by, draw_windows, provenance_of, quantize, seeded, walk, windows_of
+from nybble.walk import Walk
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which windows a method looks at."""
+
+    texts: str | Sequence[str] | None
+    """Texts, or "self": the model writes them. None: a method that can do without."""
+    windows: int
+    window: int | None
+    packing: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of it."""
+
+    conversion: Conversion
+    accounts: Mapping[str, Account]
+    """What the method did to each weight."""
+
+
+def quantize_folder(
+    source: Path,
+    target: Path,
+    container: str,
+    recipe: Recipe,
+    calibration: Calibration,
+    options: Mapping[str, str],
+    restart: bool = False,
+    announce: Callable[[str], None] = lambda remark: None,
+    progress: Progress = lambda what, done, total: None,
+) -> Made | None:
+    """Quantize a checkpoint's folder by a calibrated method and write a container, `options` its own; what has the target's name
+    is replaced. None where an earlier run had finished all but the tidying up.
+
+    A run that was stopped goes on with the same arguments; `restart` forgets it. Raises as `run.quantize` and `convert`.
+    """
+    facts = {
+        "format": recipe.format,
+        "method": recipe.method,
+        "choice of weights": [list(recipe.keep), [list(rule) for rule in recipe.rules]],
+        "container": [container, dict(options)],
+        "calibration text": sha256("".join(calibration.texts or ()).encode()).hexdigest(),
+        "choice of windows": [calibration.windows, calibration.window, not calibration.packing, calibration.seed],
+        **facts_of(open_contents(source)),
+    }
+    try:
+        with open_job(target, facts, restart) as job:
+            if job.published:
+                return None
+            if job.begun:
+                announce(f"going on with what is in {job.folder}")
+            progress("loading the model", 0, 1)
+            finished = FinishedBlocks(job.folder / BLOCKS, job.journal)
+            contents, accounts = _quantized(source, recipe, calibration, finished, job, progress)
+            if finished.damaged:
+                announce(f"{finished.damaged} blocks were not what had been written; they were made again")
+            writing = _named("writing", progress)
+            done = convert(
+                contents, job.place, container, options=options, force=True, progress=writing, measures=container != "nybble"
+            )
+            job.publish()
+            return Made(dataclasses.replace(done, path=target), accounts)
+    except (KeyboardInterrupt, OutputError) as error:
+        if (remark := how_to_go_on(target, error)) is not None:
+            announce(remark)
+        raise
+
+
+def goes_apart(method: Method) -> bool:
+    """Whether a method needs no more than one block of a model at a time."""
+    settings = method.settings
+    return settings.blockwise and not settings.tune and not settings.fisher and settings.activations != "static"
+
+
+def _quantized(
+    source: Path, recipe: Recipe, calibration: Calibration, finished: FinishedBlocks, job: Job, progress: Progress
+) -> tuple[Contents, Mapping[str, Account]]:
+    checkpoint = open_checkpoint(source)
+    method = seeded(recipe.method, calibration.seed)
+    shelved = shelved_model(checkpoint) if goes_apart(method) else None
+    plan = None
+    if shelved is not None:
+        plan = make_plan(describe(shelved[0], checkpoint.float_tag), dataclasses.replace(recipe, method=str(method)))
+    if shelved is None or plan is None or plan.is_cast:
+        quantized = quantize(
+            source,
+            recipe.format,
+            recipe.method,
+            calibration.texts,
+            recipe.keep,
+            recipe.rules,
+            progress=progress,
+            windows=calibration.windows,
+            window=calibration.window,
+            seed=calibration.seed,
+            packing=calibration.packing,
+            finished=finished,
+        )
+        return quantized.contents(), quantized.accounts
+    model, shelf = shelved
+    writer = load_model(source) if calibration.texts == SELF else model
+    with evaluating(writer):
+        windows = draw_windows(
+            writer,
+            plan,
+            calibration.texts,
+            source,
+            calibration.windows,
+            calibration.window,
+            calibration.seed,
+            calibration.packing,
+            progress,
+        )
+    del writer
+    assert windows is not None
+    provenance = {**provenance_of(plan, source), "calibration": windows_of(windows)}
+    walked = walk(model, plan, windows, progress, finished=finished, shelf=shelf)
+    provenance |= done_by(walked)
+    return _contents(open_contents(source), plan, method, shelf, finished, walked, provenance), walked.accounts
+
+
+def _contents(
+    source: Contents,
+    plan: Plan,
+    method: Method,
+    shelf: FileShelf,
+    finished: FinishedBlocks,
+    walked: Walk,
+    provenance: Mapping[str, Any],
+) -> Contents:
+    """What a walk made of a checkpoint, read from where that lies."""
+    changed = {name: value.numpy() for name, value in {**walked.edited, **walked.moved}.items()}
+    rows: dict[str, PlanRow] = {row.tensor.name: row for row in plan.packed}
+
+    def read_float(name: str) -> NDArray[Any]:
+        return changed[name] if name in changed else shelf.stored(name)[1]
+
+    def read_packed(name: str) -> QTensor:
+        row = rows[name]
+        tensor = finished.read(name) if name in finished else _rounded(row, method, changed.get(name), shelf)
+        return dataclasses.replace(tensor, activations=schemes.get(name))
+
+    outliers = method.settings.threshold
+    schemes = {
+        name: Activations(str(row.activations), threshold=outliers if row.activations == "outliers" else 0.0)
+        for name, row in rows.items()
+        if row.activations
+    }
+    others = [row.tensor for row in plan.rows if row.format is None]
+    floats = {}
+    for tensor in others:
+        tag, stored = shelf.stored(tensor.name)
+        floats[tensor.name] = "F32" if tensor.name in changed else tag, tuple(stored.shape)
+    return dataclasses.replace(
+        source,
+        container="nybble",
+        packed={name: (str(row.format), (row.tensor.shape[0], row.tensor.shape[1])) for name, row in rows.items()},
+        floats=floats,
+        read_packed=read_packed,
+        read_float=read_float,
+        schemes=schemes,
+        provenance=provenance,
+    )
+
+
+def _rounded(row: PlanRow, method: Method, changed: NDArray[np.float32] | None, shelf: FileShelf) -> QTensor:
+    """A weight that no walk decides: a cast one."""
+    name = row.tensor.name
+    weight = shelf.float32(name) if changed is None else changed
+    if row.tensor.kind == "conv1d":
+        weight = np.ascontiguousarray(weight.T)
+    try:
+        return method.quantize(weight, parse_format(str(row.format)))
+    except NumericError as error:
+        raise NumericError(f"{name}: {error}") from error
+
+
+def _named(what: str, progress: Progress) -> Progress:
+    return lambda _, done, total: progress(what, done, total)

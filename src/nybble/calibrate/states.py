@@ -1,0 +1,100 @@
+"""Hidden states of all calibration windows: in memory, or in a file where they are more than that should hold."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nybble.errors import OutputError
+
+
+class States(Protocol):
+    """One tensor for each window, all of one shape and type. Threads may read and replace different ones."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: int, /) -> Tensor: ...
+
+    def __setitem__(self, window: int, state: Tensor, /) -> None: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+class FileStates:
+    """Hidden states in a file without a name: it goes when nobody has it any more, however that comes."""
+
+    def __init__(self, folder: Path, count: int, like: Tensor) -> None:
+        """`count` tensors like one. Raises OutputError where the folder has no room."""
+        self._folder, self._count, self._shape, self._dtype = folder, count, like.shape, like.dtype
+        self._bytes = like.numel() * like.element_size()
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it is closed when nobody has it any more
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, count * self._bytes)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[window] for window in range(self._count))
+
+    def __getitem__(self, window: int) -> Tensor:
+        state = torch.empty(self._shape, dtype=self._dtype)
+        data = _bytes(state)
+        done = 0
+        while done < self._bytes:
+            count = os.preadv(self._file.fileno(), [data[done:]], self._start(window) + done)
+            if not count:
+                raise OutputError(f"hidden states in {self._folder} end at {done} of {self._bytes} bytes of window {window}")
+            done += count
+        return state
+
+    def __setitem__(self, window: int, state: Tensor) -> None:
+        assert (state.shape, state.dtype) == (self._shape, self._dtype), f"{state.dtype} {state.shape}"
+        data = _bytes(state.contiguous())
+        done = 0
+        while done < self._bytes:
+            try:
+                done += os.pwrite(self._file.fileno(), data[done:], self._start(window) + done)
+            except OSError as error:
+                raise self._failed(error) from error
+
+    def _start(self, window: int) -> int:
+        if not 0 <= window < self._count:
+            raise IndexError(window)
+        return window * self._bytes
+
+    def _failed(self, error: OSError) -> OutputError:
+        size = self._count * self._bytes
+        return OutputError(
+            f"cannot write hidden states ({size:,} bytes) in {self._folder}: {error.strerror or error}; make room, or give fewer "
+            "or shorter windows"
+        )
+
+
+def _bytes(state: Tensor) -> memoryview:
+    values: NDArray[np.uint8] = state.view(torch.uint8).numpy().reshape(-1)
+    return values.data
+
+
+def new_states(folder: Path | None, count: int, like: Tensor) -> States:
+    """Room for `count` hidden states like one: in memory, or in a folder."""
+    return [like] * count if folder is None else FileStates(folder, count, like)
+
+
+def copied(states: States, folder: Path | None) -> States:
+    """The same hidden states once more."""
+    found = new_states(folder, len(states), states[0])
+    for window in range(len(states)):
+        found[window] = states[window].clone()
+    return found
