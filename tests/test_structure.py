@@ -42,6 +42,7 @@ LAYERS = (
     {"walk"},
     {"quantized"},
     {"run"},
+    {"walk_forecast"},
     {"blockwise"},
     {"evaluate", "train"},
     {"report"},

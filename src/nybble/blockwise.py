@@ -16,25 +16,30 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
+from nybble.calibrate.importance import check_windows
 from nybble.calibrate.source import SELF
+from nybble.calibrate.windows import CALIBRATION_LENGTH
 from nybble.containers import Contents, open_contents
-from nybble.convert import Conversion, convert, facts_of
+from nybble.convert import Conversion, convert, facts_of, streams
 from nybble.converting import Progress
 from nybble.errors import NumericError, OutputError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job
 from nybble.finished import FinishedBlocks
+from nybble.forecast import resident
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations
 from nybble.methods import Method
 from nybble.methods.steps.choose import Account
 from nybble.models.checkpoint import open_checkpoint
 from nybble.models.describe import describe
-from nybble.models.loading import evaluating, load_model
+from nybble.models.loading import context_length, empty_model, evaluating, load_model
 from nybble.models.shelf import FileShelf, shelved_model
 from nybble.plan import Plan, PlanRow, Recipe, make_plan
 from nybble.run import done_by, draw_windows, provenance_of, quantize, seeded, walk, windows_of
 from nybble.walk import Walk
+from nybble.walk_forecast import WalkForecast, forecast_walk
 
 
 @dataclass(frozen=True)
@@ -66,14 +71,19 @@ def quantize_folder(
     calibration: Calibration,
     options: Mapping[str, str],
     restart: bool = False,
+    memory: int | None = None,
+    threads: int | None = None,
     announce: Callable[[str], None] = lambda remark: None,
     progress: Progress = lambda what, done, total: None,
 ) -> Made | None:
     """Quantize a checkpoint's folder by a calibrated method and write a container, `options` its own; what has the target's name
     is replaced. None where an earlier run had finished all but the tidying up.
 
-    A run that was stopped goes on with the same arguments; `restart` forgets it. Raises as `run.quantize` and `convert`.
+    A run that was stopped goes on with the same arguments; `restart` forgets it. `memory` limits the bytes that this process
+    holds, `threads` how many work; neither changes what is made. `announce` is told what it will take before the work, and what
+    an earlier run left, if any. Raises as `run.quantize`, `forecast_walk` and `convert`.
     """
+    standing = resident()
     facts = {
         "format": recipe.format,
         "method": recipe.method,
@@ -83,6 +93,14 @@ def quantize_folder(
         "choice of windows": [calibration.windows, calibration.window, not calibration.packing, calibration.seed],
         **facts_of(open_contents(source)),
     }
+    at_once = not streams(container)
+
+    def foresee(model: nn.Module, plan: Plan, method: Method, shape: tuple[int, int], held: bool) -> WalkForecast:
+        reads = open_checkpoint(source).bytes
+        found = forecast_walk(model, plan, method, shape, target, reads, standing, memory, threads, held, at_once)
+        announce(str(found))
+        return found
+
     try:
         with open_job(target, facts, restart) as job:
             if job.published:
@@ -91,7 +109,7 @@ def quantize_folder(
                 announce(f"going on with what is in {job.folder}")
             progress("loading the model", 0, 1)
             finished = FinishedBlocks(job.folder / BLOCKS, job.journal)
-            contents, accounts = _quantized(source, recipe, calibration, finished, job, progress)
+            contents, accounts = _quantized(source, recipe, calibration, finished, job, foresee, progress)
             if finished.damaged:
                 announce(f"{finished.damaged} blocks were not what had been written; they were made again")
             writing = _named("writing", progress)
@@ -113,31 +131,24 @@ def goes_apart(method: Method) -> bool:
 
 
 def _quantized(
-    source: Path, recipe: Recipe, calibration: Calibration, finished: FinishedBlocks, job: Job, progress: Progress
+    source: Path,
+    recipe: Recipe,
+    calibration: Calibration,
+    finished: FinishedBlocks,
+    job: Job,
+    foresee: Callable[[nn.Module, Plan, Method, tuple[int, int], bool], WalkForecast],
+    progress: Progress,
 ) -> tuple[Contents, Mapping[str, Account]]:
     checkpoint = open_checkpoint(source)
     method = seeded(recipe.method, calibration.seed)
-    shelved = shelved_model(checkpoint) if goes_apart(method) else None
-    plan = None
-    if shelved is not None:
-        plan = make_plan(describe(shelved[0], checkpoint.float_tag), dataclasses.replace(recipe, method=str(method)))
-    if shelved is None or plan is None or plan.is_cast:
-        quantized = quantize(
-            source,
-            recipe.format,
-            recipe.method,
-            calibration.texts,
-            recipe.keep,
-            recipe.rules,
-            progress=progress,
-            windows=calibration.windows,
-            window=calibration.window,
-            seed=calibration.seed,
-            packing=calibration.packing,
-            finished=finished,
-        )
-        return quantized.contents(), quantized.accounts
-    model, shelf = shelved
+    recipe = dataclasses.replace(recipe, method=str(method))
+    shelved = shelved_model(checkpoint)
+    model, shelf = shelved or (empty_model(source), None)
+    plan = make_plan(describe(model, checkpoint.float_tag), recipe)
+    if shelf is None or plan.is_cast or not goes_apart(method):
+        length = calibration.window or min(context_length(model), CALIBRATION_LENGTH)
+        foresee(model, plan, method, (calibration.windows, length), True)
+        return _held(source, recipe, calibration, finished, progress)
     writer = load_model(source) if calibration.texts == SELF else model
     with evaluating(writer):
         windows = draw_windows(
@@ -152,11 +163,37 @@ def _quantized(
             progress,
         )
     del writer
-    assert windows is not None
+    assert windows is not None, "a method that goes block by block reads calibration text"
+    check_windows(model, windows)
+    expected = foresee(model, plan, method, (len(windows), windows.shape[1]), False)
     provenance = {**provenance_of(plan, source), "calibration": windows_of(windows)}
-    walked = walk(model, plan, windows, progress, finished=finished, shelf=shelf)
+    scratch = None
+    if expected.on_disk:
+        scratch = job.folder / BLOCKS
+        scratch.mkdir(exist_ok=True)
+    walked = walk(model, plan, windows, progress, None, finished, shelf, scratch, expected.threads)
     provenance |= done_by(walked)
     return _contents(open_contents(source), plan, method, shelf, finished, walked, provenance), walked.accounts
+
+
+def _held(
+    source: Path, recipe: Recipe, calibration: Calibration, finished: FinishedBlocks, progress: Progress
+) -> tuple[Contents, Mapping[str, Account]]:
+    quantized = quantize(
+        source,
+        recipe.format,
+        recipe.method,
+        calibration.texts,
+        recipe.keep,
+        recipe.rules,
+        progress=progress,
+        windows=calibration.windows,
+        window=calibration.window,
+        seed=calibration.seed,
+        packing=calibration.packing,
+        finished=finished,
+    )
+    return quantized.contents(), quantized.accounts
 
 
 def _contents(

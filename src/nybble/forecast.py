@@ -52,11 +52,7 @@ class Forecast:
     """None: no weight of it could be tried."""
 
     def __str__(self) -> str:
-        took = "" if self.seconds is None else f", about {duration(self.seconds)}"
-        return (
-            f"reads {size_text(self.reads)}, writes {size_text(self.writes)} ({size_text(self.free)} free), "
-            f"takes up to {size_text(self.memory)} of memory{took}"
-        )
+        return said(self.reads, self.writes, self.free, self.memory, self.seconds)
 
 
 def forecast(
@@ -75,17 +71,33 @@ def forecast(
     else:
         why = f"; most of it for {largest}, whose rows depend on each other or change places" if largest else ""
         raise UsageError(f"this takes {size_text(standing + need)} of memory, --memory allows {size_text(limit or 0)}{why}")
+    free = check_disk(target, stream.size)
+    weights = max(FEWEST_WEIGHTS, weights)
+    return Forecast(n, weights, standing + need, largest, reads, stream.size, free, _seconds(stream, n))
+
+
+def check_disk(target: Path, size: int, more: int = 0) -> int:
+    """Bytes that the disk of an output of `size` bytes has free; `more` are needed beside it while it is made. Raises
+    OutputError, with the figure, where it has no room for them; what an earlier run left there counts as room."""
     parent = next(path for path in target.absolute().parents if path.exists())
     free = shutil.disk_usage(parent).free
     part = job_folder(target)
     taken = sum(file.stat().st_blocks * 512 for file in part.rglob("*") if file.is_file()) if part.is_dir() else 0
-    if free + taken < stream.size + BATCH_BYTES // 64:
+    if free + taken < size + more + BATCH_BYTES // 64:
         raise OutputError(
-            f"{target} takes about {size_text(stream.size)}, {parent} has {size_text(free + taken)} free; make room, or write "
-            "somewhere else (-o)"
+            f"{target} takes about {size_text(size)}{f', and {size_text(more)} on the way' if more else ''}, {parent} has "
+            f"{size_text(free + taken)} free; make room, or write somewhere else (-o)"
         )
-    weights = max(FEWEST_WEIGHTS, weights)
-    return Forecast(n, weights, standing + need, largest, reads, stream.size, free, _seconds(stream, n))
+    return free
+
+
+def said(reads: int, writes: int, free: int, memory: int, seconds: float | None) -> str:
+    """A forecast in one line."""
+    took = "" if seconds is None else f", about {duration(seconds)}"
+    return (
+        f"reads {size_text(reads)}, writes {size_text(writes)} ({size_text(free)} free), takes up to {size_text(memory)} of "
+        f"memory{took}"
+    )
 
 
 def _memory(stream: Stream, contents: Contents, method: Method, threads: int, weights: int) -> tuple[int, str]:

@@ -39,6 +39,7 @@ from nybble.methods.steps.settings import Settings
 from nybble.methods.steps.tuning import Pace, tune
 from nybble.methods.steps.wanted import wanted
 from nybble.models.float_weights import float_weight, put_weight, turned, weight_view
+from nybble.models.mapped import trim
 from nybble.models.shelf import Shelf
 
 Progress = Callable[[str, int, int], None]
@@ -122,6 +123,7 @@ class Walk:
         for index, block in enumerate(blocks.modules):
             with self.shelf.out(block):
                 self._block(blocks, index, present, floats)
+            trim()
         return blocks, present
 
     def _block(self, blocks: Blocks, index: int, present: States, floats: States) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -36,9 +37,11 @@ class FileStates:
         self._folder, self._count, self._shape, self._dtype = folder, count, like.shape, like.dtype
         self._bytes = like.numel() * like.element_size()
         try:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it is closed when nobody has it any more
+            self._file, name = tempfile.mkstemp(dir=folder)
+            weakref.finalize(self, os.close, self._file)
+            os.unlink(name)
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, count * self._bytes)
+                os.posix_fallocate(self._file, 0, count * self._bytes)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -53,7 +56,7 @@ class FileStates:
         data = _bytes(state)
         done = 0
         while done < self._bytes:
-            count = os.preadv(self._file.fileno(), [data[done:]], self._start(window) + done)
+            count = os.preadv(self._file, [data[done:]], self._start(window) + done)
             if not count:
                 raise OutputError(f"hidden states in {self._folder} end at {done} of {self._bytes} bytes of window {window}")
             done += count
@@ -65,7 +68,7 @@ class FileStates:
         done = 0
         while done < self._bytes:
             try:
-                done += os.pwrite(self._file.fileno(), data[done:], self._start(window) + done)
+                done += os.pwrite(self._file, data[done:], self._start(window) + done)
             except OSError as error:
                 raise self._failed(error) from error
 
@@ -87,14 +90,18 @@ def _bytes(state: Tensor) -> memoryview:
     return values.data
 
 
-def new_states(folder: Path | None, count: int, like: Tensor) -> States:
-    """Room for `count` hidden states like one: in memory, or in a folder."""
-    return [like] * count if folder is None else FileStates(folder, count, like)
+def new_states(folder: Path | None, count: int, first: Tensor) -> States:
+    """Room for `count` hidden states like the first, which is in it already: in memory, or in a folder."""
+    if folder is None:
+        return [first] * count
+    states = FileStates(folder, count, first)
+    states[0] = first
+    return states
 
 
 def copied(states: States, folder: Path | None) -> States:
     """The same hidden states once more."""
-    found = new_states(folder, len(states), states[0])
-    for window in range(len(states)):
+    found = new_states(folder, len(states), states[0].clone())
+    for window in range(1, len(states)):
         found[window] = states[window].clone()
     return found

@@ -45,10 +45,8 @@ Options = Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the conta
 Layers = Annotated[bool, typer.Option("--layers", help="Show what the method did to each weight.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a model that is there already.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Forget what an interrupted run left, and begin anew.")]
-Memory = Annotated[str | None, typer.Option(help="Hold no more than this, for example 2GB; methods without calibration text.")]
-Threads = Annotated[
-    int | None, typer.Option(help="Tensors made at once, without calibration text; default the cores, at most 4.")
-]
+Memory = Annotated[str | None, typer.Option(help="Hold no more than this, for example 2GB.")]
+Threads = Annotated[int | None, typer.Option(help="Threads that work; default the cores, and at most 4 where no text is read.")]
 """Options that `prune` has too."""
 
 
@@ -107,6 +105,19 @@ class Pace:
     memory: str | None
     threads: int | None
 
+    @property
+    def bytes(self) -> int | None:
+        """The limit of memory. Raises UsageError for what is no size."""
+        from nybble.forecast import parse_size
+
+        return None if self.memory is None else parse_size(self.memory)
+
+    def check(self) -> None:
+        """Raise UsageError for what makes no sense."""
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise UsageError(f"{self.threads} threads: give 1 to 1024")
+        _ = self.bytes
+
 
 def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force: bool, pace: Pace) -> None:
     """Quantize and save; say what it takes on disk."""
@@ -118,6 +129,7 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     from nybble.models.hub import resolve
     from nybble.plan import Recipe, canonical
 
+    pace.check()
     if job.to is not None:
         canonical(job.to)
     output, container = job.output, container_of(job.output, file)
@@ -138,8 +150,6 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
         done = _piece_by_piece(folder, output, container, recipe, options, force, pace)
         _say(container, done, checkpoint.bytes)
         return
-    if pace.memory is not None or pace.threads is not None:
-        raise UsageError("--memory and --threads go with methods that read no calibration text: this one holds the model")
     from nybble.blockwise import Calibration, quantize_folder  # imports torch: only where it is needed
 
     drawn = Calibration(calibration, job.windows, job.window, not job.by_document, job.seed)
@@ -152,6 +162,8 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
             drawn,
             options,
             pace.restart,
+            pace.bytes,
+            pace.threads,
             bar.remark,
             lambda what, done, total: bar.update("", what, done / max(1, total)),
         )
@@ -168,11 +180,7 @@ def _piece_by_piece(
 ) -> Conversion:
     """Without calibration text: tensor by tensor, the model never held."""
     from nybble.convert import convert, made_by
-    from nybble.forecast import parse_size
 
-    memory = None if pace.memory is None else parse_size(pace.memory)
-    if pace.threads is not None and not 1 <= pace.threads <= 1024:
-        raise UsageError(f"{pace.threads} threads: give 1 to 1024")
     with console.progress() as bar:
         return convert(
             folder,
@@ -187,7 +195,7 @@ def _piece_by_piece(
             progress=lambda what, done, total: bar.update("", "quantizing", done / max(1, total)),
             restart=pace.restart,
             threads=pace.threads,
-            memory=memory,
+            memory=pace.bytes,
             announce=bar.remark,
             measures=container != "nybble",
             provenance=made_by(folder, recipe),

@@ -35,6 +35,14 @@ def give_back(array: NDArray[Any]) -> int:
     return size if _madvise()(first, size, MADV_DONTNEED) == 0 else 0
 
 
+def trim() -> None:
+    """Give back what the allocator keeps of freed memory, where it can be asked to (glibc): freed arrays of a few megabytes stay
+    in its pools, one for each thread, and add up to gigabytes."""
+    function = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if function is not None:
+        function(0)
+
+
 def _only_of_file(first: int, count: int) -> bool:
     """Whether every page is one of a file (a page that was written to is no longer) or was never touched."""
     try:

@@ -116,8 +116,10 @@ class _Weight:
         in_turn = self.settings.mask == "feedback" and runs_of(self.settings) is not None  # runs of neighbours, one by one
         order = "natural" if in_turn else self.settings.order
         factor = factorize(hessian, self.settings.damp, order, self.fmt.block(columns))
-        damped = hessian.clone()
-        damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+        damped = None
+        if self.settings.refine:
+            damped = hessian.clone()
+            damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
         target = self.weight[rows]  # float32: in float64 a head's would be the most memory of all
         if self.settings.target > 0 and stats.cross is not None:
             target = stats.target(target.double(), index, self.settings.target, self.settings.ridge)
@@ -154,7 +156,7 @@ class _Weight:
         part: slice,
         target: Tensor,
         hessian: Tensor,
-        damped: Tensor,
+        damped: Tensor | None,
         factor: Factor,
         grid: Grid | None,
         keep: Tensor | None,
@@ -181,7 +183,7 @@ class _Weight:
             worse = losses > of_plain
             got, losses = _mix(worse, plain, got), torch.where(worse, of_plain, losses)
             self.fallen[rows] = worse
-        if settings.refine:
+        if damped is not None:
             got = refine(goal, damped, fmt, got, settings.refine, snap, settings.prunes)
         self.result.codes[rows] = got.codes
         if self.shared is None:

@@ -55,7 +55,7 @@ def factorize(hessian: Tensor, damping: float, order: str, block: int) -> Factor
     diagonal = hessian.diagonal()
     dead = diagonal <= 0
     columns = order_of(diagonal, order, block)
-    permuted = hessian[columns][:, columns].clone()
+    permuted = hessian[columns[:, None], columns]
     gone = dead[columns]
     permuted[gone] = 0
     permuted[:, gone] = 0
@@ -63,13 +63,16 @@ def factorize(hessian: Tensor, damping: float, order: str, block: int) -> Factor
     permuted.diagonal()[gone] = mean
     base = damping if damping > 0 else 1e-6
     for share in (*([0.0] if damping == 0 else []), *(base * step for step in LADDER)):
-        damped = permuted.clone()
+        damped = permuted.flip(0, 1)  # copies; K^2 doubles are the most memory of all, so that none lives longer than it must
         damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
         if not int(failed):
+            del permuted
             upper = lower.flip(0, 1)
+            del lower
             root = upper.diagonal().clone()
-            return Factor(columns, (upper / root).contiguous(), root.square(), share, int(dead.sum()))
+            return Factor(columns, upper.div_(root), root.square(), share, int(dead.sum()))
     raise NumericError(
         f"the Hessian [{len(diagonal)}, {len(diagonal)}] is not positive definite even with {base * LADDER[-1]:g} of its mean "
         "diagonal added; give more calibration windows"

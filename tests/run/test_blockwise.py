@@ -1,0 +1,180 @@
+"""Calibrated methods on a model that is not held: the same result as on one that is, from any family, to any container."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import nybble
+from nybble import walk_forecast
+from nybble.blockwise import Calibration, Made, quantize_folder
+from nybble.containers import open_contents
+from nybble.convert import convert
+from nybble.errors import NumericError, UsageError
+from nybble.finished import FinishedBlocks
+from nybble.models.shelf import FileShelf
+from nybble.plan import Recipe
+from nybble.run import quantize
+
+METHODS = [
+    *("gptq:bias", "qronos", "gptq:block_tune=2", "awq+gptq", "smoothquant+gptq+dynamic", "sparsegpt", "best:tune=0"),
+    *("gptq:inputs=float", "gptq+llm_int8", "imatrix", "gptq:tune=2", "guided"),
+]
+
+
+@pytest.fixture
+def windows(families: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Three windows of twelve tokens, in place of what a tokenizer would make."""
+    drawn = np.random.default_rng(3).integers(3, 97, (3, 12))
+    monkeypatch.setattr("nybble.blockwise.draw_windows", lambda *_: drawn)
+    monkeypatch.setattr("nybble.run.draw_windows", lambda *_: drawn)
+    return drawn
+
+
+def made(folder: Path, out: Path, method: str, container: str = "nybble", **more: Any) -> Made | None:
+    fmt = "int8:channel" if "dynamic" in method or "int8" in method else "int4:g32"
+    calibration = Calibration("text", 3, 12, True, 0)
+    return quantize_folder(folder, out, container, Recipe(fmt, method), calibration, {}, **more)
+
+
+def saved(model: Any, folder: Path, dtype: Any = torch.float32) -> Path:
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def check_same(out: Path, held: Any) -> None:
+    mine, its = nybble.load(out).model().state_dict(), held.model().state_dict()
+    assert list(mine) == list(its)
+    assert [name for name in its if hasattr(its[name], "numpy") and not torch.equal(mine[name], its[name])] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_what_it_gives_a_held_model(
+    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path
+) -> None:
+    folder = saved(tiny("gpt2"), tmp_path / "model")
+    done = made(folder, tmp_path / "out", method)
+    held = quantize(folder, "int8:channel" if "dynamic" in method or "int8" in method else "int4:g32", method, windows)
+    check_same(tmp_path / "out", held)
+    assert done is not None
+    assert done.accounts == held.accounts
+    assert nybble.load(tmp_path / "out").provenance == held.provenance
+    assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
+
+
+def test_every_family_gives_what_it_gives_held(
+    families: dict[str, Any], tiny: Callable[..., Any], windows: Any, tmp_path: Path
+) -> None:
+    for family in families:
+        folder = saved(tiny(family), tmp_path / family)
+        made(folder, tmp_path / f"{family}-out", "awq+gptq:bias")
+        check_same(tmp_path / f"{family}-out", quantize(folder, "int4:g32", "awq+gptq:bias", windows))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_widened_and_what_stays_float_stays_half(
+    dtype: Any, tiny: Callable[..., Any], windows: Any, tmp_path: Path
+) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model", dtype)
+    made(folder, tmp_path / "out", "gptq")
+    check_same(tmp_path / "out", quantize(folder, "int4:g32", "gptq", windows))
+    assert {tag for tag, _ in open_contents(tmp_path / "out").floats.values()} == {"BF16" if dtype == torch.bfloat16 else "F16"}
+
+
+@pytest.mark.parametrize("container", ["gguf", "gptq", "compressed-tensors"])
+def test_other_containers_get_the_same(container: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    name = "out.gguf" if container == "gguf" else "out"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "its").mkdir()
+    mine, its = tmp_path / "mine" / name, tmp_path / "its" / name
+    keep = () if container == "gguf" else ("model.embed_tokens", "lm_head")
+    recipe = Recipe("int4:g32", "gptq", keep)
+    quantize_folder(folder, mine, container, recipe, Calibration("text", 3, 12, True, 0), {})
+    convert(quantize(folder, "int4:g32", "gptq", windows, keep).contents(), its, container)
+    first, second = nybble.load(mine).tensors, nybble.load(its).tensors
+    assert {n: t.decode().tobytes() for n, t in first.items()} == {n: t.decode().tobytes() for n, t in second.items()}
+
+
+def test_hidden_states_on_disk_change_nothing(
+    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    for place, least in (("memory", 1 << 40), ("disk", 0)):
+        monkeypatch.setattr(walk_forecast, "LEAST_ON_DISK", least)
+        monkeypatch.setattr(walk_forecast, "SHARE", 0)
+        said: list[str] = []
+        made(folder, tmp_path / place, "best:tune=0", announce=said.append)
+        assert len(said) == 1
+    first, second = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("memory", "disk"))
+    assert first == second
+
+
+def test_no_more_than_a_block_is_out(
+    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    seen: set[frozenset[str]] = set()
+    real = FileShelf._values
+
+    def watched(self: FileShelf, key: int) -> Any:
+        out = {self._names[other] for other, count in self._out.items() if count} | {self._names[key]}
+        seen.add(frozenset(name.split(".")[2] for name in out if ".layers." in name))
+        return real(self, key)
+
+    monkeypatch.setattr(FileShelf, "_values", watched)
+    made(folder, tmp_path / "out", "best:tune=0")
+    assert seen == {frozenset(), frozenset({"0"}), frozenset({"1"})}
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_figure(tiny: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    for method in ("gptq", "guided"):
+        with pytest.raises(UsageError, match=r"this takes .* of memory.*--memory allows 1 MB"):
+            made(folder, tmp_path / "out", method, memory=1_000_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_was_stopped_goes_on_to_the_same_bytes(
+    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    made(folder, tmp_path / "whole", "awq+gptq:bias")
+    real = FinishedBlocks.keep
+
+    def stops(self: FinishedBlocks, index: int, block: Any) -> None:
+        real(self, index, block)
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    stopped = 0
+    for _ in range(4):  # two blocks, a table, a head
+        with monkeypatch.context() as patch:
+            patch.setattr(FinishedBlocks, "keep", stops)
+            with pytest.raises(KeyboardInterrupt):
+                made(folder, tmp_path / "out", "awq+gptq:bias", announce=said.append)
+            stopped += 1
+    assert sum("the same command goes on from" in line for line in said) == stopped
+    with pytest.raises(UsageError, match="format"):
+        quantize_folder(
+            folder, tmp_path / "out", "nybble", Recipe("int3:g32", "awq+gptq:bias"), Calibration("text", 3, 12, True, 0), {}
+        )
+    made(folder, tmp_path / "out", "awq+gptq:bias")
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    folder = saved(model, tmp_path / "model")
+    with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* not finite.*\[3, 5\]"):
+        made(folder, tmp_path / "out", "gptq")
+    assert not (tmp_path / "out").exists()
