@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +26,8 @@ torture = _script()
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The library of faults, and a small model with a text."""
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A process that runs commands with faults, and a small model with a text."""
     work = tmp_path_factory.mktemp("torture")
     try:
         library = torture.build(work)
@@ -34,12 +35,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip(str(error))
     text = work / "text.txt"
     text.write_text(torture.TEXT, encoding="utf-8")
-    return {"work": work, "library": library, "tasks": torture.tasks(torture.small_model(work / "model"), text)}
+    server = torture.Server(library, work)
+    yield {"work": work, "server": server, "tasks": torture.tasks(torture.small_model(work / "model"), text)}
+    server.close()
 
 
 @pytest.mark.parametrize(("kind", "every", "shots"), [("rtn", 19, 2), ("gguf", 31, 1)])
 def test_pieces(kind: str, every: int, shots: int, place: dict[str, Any]) -> None:
-    job = torture.Torture(place["tasks"][kind], place["library"], place["work"])
+    job = torture.Torture(place["tasks"][kind], place["server"], place["work"])
     assert job.calls > 40, "what counts is counted"
     for _, attack in torture.attacks(job, every, shots, seed=1):
         attack()
@@ -47,5 +50,5 @@ def test_pieces(kind: str, every: int, shots: int, place: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(("kind", "call"), [("gptq", 9), ("train", 30)])
 def test_with_the_model_in_memory(kind: str, call: int, place: dict[str, Any]) -> None:
-    job = torture.Torture(place["tasks"][kind], place["library"], place["work"])
+    job = torture.Torture(place["tasks"][kind], place["server"], place["work"])
     job.kill_at(min(call, job.calls))

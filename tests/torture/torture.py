@@ -9,7 +9,8 @@ Every job is first run in peace: its output's digests and the calls it makes (co
               and bytes, no output and an earlier one untouched; without the fault the same command must end with the same bytes
     random    SIGKILL after a random time, up to three times in a row
 
-`--every n` takes each n-th of the calls.
+`--every n` takes each n-th of the calls. Every command is a process of its own, forked from one that has imported all that it
+needs: what takes time is the work, not the start.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -24,20 +26,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
 BATCH_BYTES = 20_000
 """Small, so that a small job has many pieces."""
-SMALL = (
-    "import sys, nybble.files.pieces as pieces, nybble.containers.streaming as streaming\n"
-    f"pieces.BATCH_BYTES = {BATCH_BYTES}\n"
-    "from nybble.cli import main\n"
-    "main()\n"
-)
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n\n" for i in range(400))
 
 
@@ -103,8 +101,8 @@ def small_model(folder: Path) -> Path:
 class Torture:
     """One job, its reference, and ways to hurt it."""
 
-    def __init__(self, task: Task, library: Path, work: Path) -> None:
-        self.task, self.library, self.work = task, library, work
+    def __init__(self, task: Task, server: Server, work: Path) -> None:
+        self.task, self.server, self.work = task, server, work
         self.folder = work / task.kind
         self.log = work / f"{task.kind}.log"
         self.fresh()
@@ -127,22 +125,16 @@ class Torture:
 
     def start(self, at: int = 0, act: str = "", on: str = "wsrtum", more: Sequence[str] = (), again: bool = False) -> Done:
         environment = {
-            **os.environ,
-            "LD_PRELOAD": str(self.library),
             "FAULTS_BELOW": str(self.folder),
             "FAULTS_AT": str(at),
             "FAULTS_DO": act,
             "FAULTS_ON": on,
             "FAULTS_LOG": str(self.log),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
         }
         if again:
             environment["FAULTS_AGAIN"] = "1"
         self.log.unlink(missing_ok=True)
-        command = [sys.executable, "-c", SMALL, *self.task.arguments, *more]
-        pipe = subprocess.PIPE
-        return Done(subprocess.Popen(command, env=environment, cwd=self.folder, stdout=pipe, stderr=pipe, text=True))
+        return self.server.start([*self.task.arguments, *more], environment, self.folder)
 
     def count(self, on: str) -> int:
         """How many calls of some kinds the command makes."""
@@ -224,26 +216,99 @@ class Torture:
         self.settle(what)
 
 
+class Server:
+    """A process, with the library of faults, that forks one for every command."""
+
+    def __init__(self, library: Path, work: Path) -> None:
+        self.errors = work / "stderr"
+        environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve()), "--serve"], env=environment, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path) -> Done:
+        """Begin `nybble ARGUMENTS...` in a folder; one at a time."""
+        order = {"arguments": list(arguments), "environment": environment, "folder": str(folder), "errors": str(self.errors)}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return Done(self, int(self.answer()))
+
+    def answer(self) -> str:
+        """The next line that the process says."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, "the process that forks is gone"
+        return line
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+        self.process.stdout.close()
+
+
 class Done:
     """A command under way, or over."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
+    def __init__(self, server: Server, process: int) -> None:
+        self.server, self.process = server, process
         self.returncode, self.stderr = 0, ""
 
     def wait(self) -> Done:
         """Until it is over."""
-        _, self.stderr = self.process.communicate(timeout=300)
-        self.returncode = self.process.returncode
+        self.returncode = int(self.server.answer())
+        self.stderr = self.server.errors.read_text(encoding="utf-8", errors="replace")
         return self
 
     def kill_after(self, seconds: float) -> None:
         """Kill it if it takes longer."""
-        try:
-            self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.communicate()
+        timer = threading.Timer(seconds, os.kill, (self.process, signal.SIGKILL))
+        timer.start()
+        self.wait()
+        timer.cancel()
+
+
+def serve() -> None:
+    """Fork for every line of standard input: say the process, and when it is over, how."""
+    import torch  # noqa: F401  # what the commands import
+    import transformers  # noqa: F401
+
+    import nybble.blockwise
+    import nybble.containers.streaming
+    import nybble.files.pieces
+    import nybble.report.training
+    import nybble.train.session
+    from nybble.cli import main as command
+
+    nybble.files.pieces.BATCH_BYTES = BATCH_BYTES
+    for line in sys.stdin:
+        order = json.loads(line)
+        process = os.fork()
+        if not process:
+            code = 1
+            try:
+                os.environ.update(order["environment"])
+                os.chdir(order["folder"])
+                errors = os.open(order["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+                os.dup2(errors, 1)
+                os.dup2(errors, 2)
+                sys.argv = ["nybble", *order["arguments"]]
+                command()
+                code = 0
+            except SystemExit as error:
+                code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        print(process, flush=True)
+        _, status = os.waitpid(process, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
 
 
 def attacks(torture: Torture, every: int, shots: int, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -265,17 +330,22 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--random", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.serve:
+        serve()
+        return 0
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="torture-") as name:
         work = Path(name)
-        library, model = build(work), small_model(work / "model")
+        model = small_model(work / "model")
+        server = Server(build(work), work)
         text = work / "text.txt"
         text.write_text(TEXT, encoding="utf-8")
         known = tasks(model, text)
         for kind in given.jobs.split(","):
             began, done = time.monotonic(), 0
-            torture = Torture(known[kind], library, work)
+            torture = Torture(known[kind], server, work)
             for what, attack in attacks(torture, given.every, given.random, given.seed):
                 try:
                     attack()
@@ -285,6 +355,7 @@ def main() -> int:
                     print(f"{kind}: {what}: {said}", flush=True)
                 done += 1
             print(f"{kind}: {done} attacks in {time.monotonic() - began:.0f} s", flush=True)
+        server.close()
     print("all outputs are the same" if not wrong else f"{wrong} differ")
     return 1 if wrong else 0
 
