@@ -30,7 +30,7 @@ from nybble.files.job import Job, how_to_go_on, open_job
 from nybble.forecast import Forecast, forecast
 from nybble.formats import parse_format
 from nybble.methods import parse_method
-from nybble.models.checkpoint import row_digests, tensors_sha256, unpickle_folder
+from nybble.models.checkpoint import row_digests, tensors_digest, unpickle_folder
 from nybble.models.filling import check_filling
 from nybble.models.mapped import give_back
 from nybble.plan import Recipe, make_plan
@@ -105,7 +105,7 @@ def convert(
     calibration text. A run that was stopped goes on with the same arguments; `restart` forgets it. `threads` make tensors at
     once; `memory` limits the bytes that this process holds; `announce` is told what it will take before the work, and what an
     earlier run left, if any. Without `measures` the steps do not say what rounding cost. `provenance` is added to what the file
-    says of itself; a `source_sha256` in it is filled in. Raises UsageError for what the container cannot hold, which it lists,
+    says of itself; a `source_blake3` in it is filled in. Raises UsageError for what the container cannot hold, which it lists,
     and where a run of something else was stopped; InputError for the source; NumericError naming the tensor; OutputError where
     the target cannot be written.
     """
@@ -186,7 +186,7 @@ def made_by(source: Path, recipe: Recipe) -> dict[str, Any]:
         "keep": list(recipe.keep),
         "rules": [list(rule) for rule in recipe.rules],
         "source": source.resolve().name,
-        "source_sha256": PLACEHOLDER,
+        "source_blake3": PLACEHOLDER,
     }
 
 
@@ -206,7 +206,7 @@ def facts_of(contents: Contents) -> dict[str, Any]:
 
 def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progress: Progress | None, expected: Forecast) -> int:
     """Make what is missing of a job's output, all but its name; returns how many pieces were damaged."""
-    work.hashes = known.get("source_sha256") == PLACEHOLDER
+    work.hashes = known.get("source_blake3") == PLACEHOLDER
     digests: dict[str, list[str]] = {}
 
     def watch(name: str, rows: slice | None, note: Any) -> Any:
@@ -231,7 +231,7 @@ def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progres
             name: (tag, shape, digests.get(name) or row_digests(work.source.read_float(name)))
             for name, (tag, shape) in work.source.floats.items()
         }
-        return {**known, "source_sha256": tensors_sha256(work.source.path, found)}
+        return {**known, "source_blake3": tensors_digest(work.source.path, found)}
 
     return run_stream(job, stream, watch, provenance, report, expected.threads, expected.rows_weights)
 

@@ -244,6 +244,15 @@ class Work:
         values = widen(self.source.floats[name][0], self.source_rows(name, rows), name)
         return np.ascontiguousarray(values.T) if is_transposed(self.source.config, name) else values
 
+    def _straight(self, name: str, fmt: Format, rows: slice | None) -> QTensor | None:
+        """A float matrix, or some rows, rounded to nearest without being widened first; None where that is no way."""
+        settings = self.method.settings
+        tag = self.source.floats[name][0]
+        if settings.scales != "range" or settings.prunes or is_transposed(self.source.config, name) or tag not in FLOAT_TAGS:
+            return None
+        found = fmt.round_stored(self.source_rows(name, rows), tag.lower())
+        return None if found is None else QTensor(fmt, *found)
+
     def _round(self, name: str, weight: NDArray[np.float32], fmt: Format, rows: slice | None = None) -> QTensor:
         prune = name in self.pruned
         try:
@@ -263,11 +272,14 @@ class Work:
             made = self._settled(recast(tensor, fmt).tensor)
             done = None if made is given else compare(given.decode(), made)
         else:
-            weight = self._weight(name, rows)
-            rounded = self._round(name, weight, fmt if fmt.is_cast else asked, rows)
+            weight = None
+            rounded = None if self.measures else self._straight(name, asked, rows)
+            if rounded is None:
+                weight = self._weight(name, rows)
+                rounded = self._round(name, weight, fmt if fmt.is_cast else asked, rows)
             made = self._settled(rounded if fmt.is_cast else recast(rounded, fmt).tensor)
             same = spec == _spec_of(self.source.floats[name][0]) and name not in self.pruned
-            done = None if same or not self.measures else compare(weight, made)
+            done = None if same or weight is None or not self.measures else compare(weight, made)
         if name in self.schemes and made.activations is None:
             made = dataclasses.replace(made, activations=self.schemes[name])
         self._note(name, done, rows)

@@ -325,5 +325,5 @@ def provenance_of(plan: Plan, source: Path | None) -> dict[str, Any]:
         "plan_hash": plan.hash,
         "bits_per_weight": round(plan.bpw, 6),
         "source": source.resolve().name if source else None,
-        "source_sha256": open_checkpoint(source).sha256() if source else None,
+        "source_blake3": open_checkpoint(source).digest() if source else None,
     }

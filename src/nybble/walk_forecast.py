@@ -34,6 +34,10 @@ SHARE = 0.25
 """Of the memory that is free, which hidden states may take where no limit is given."""
 TRIED = (256, 768)
 """Columns of the two matrices that are tried to know the time; the larger its columns, the longer a weight takes."""
+LARGE = 10**8
+"""Weights of a model whose codes are tried on as many rows as are worked on together, which takes a second."""
+MARGIN = 1.1
+"""Memory that is taken beyond what is counted: pages of files, what the allocator keeps."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def forecast_walk(
     need = 0
     for count, on_disk in ways:
         need = _memory(model, blocks, settings, windows[1], width, count, held) + (0 if on_disk else states)
-        need = max(need, 2 * plan.bytes if written_at_once else 0)
+        need = int(MARGIN * max(need, 2 * plan.bytes if written_at_once else 0))
         if limit is None or standing + need <= limit:
             break
     else:
@@ -192,7 +196,8 @@ def _seconds(blocks: Sequence[nn.Module], plan: Plan, method: Method, windows: t
         workers.each(lambda _: a @ a, work)
         rate = 2 * 512**3 * len(work) / max(1e-6, time.perf_counter() - began)
         row = next((row for row in plan.packed if row.tensor.kind != "embedding" and row.method != "cast"), None)
-        base, slope = (0.0, 0.0) if row is None else _rounding(str(row.format), settings, workers)
+        tried = 2 * SLAB_ROWS[1] if sum(matrix.weights for matrix in matrices) > LARGE else 2 * SLAB_ROWS[0]
+        base, slope = (0.0, 0.0) if row is None else _rounding(str(row.format), settings, workers, tried)
     passes = 1 + 2.4 * (1 + (settings.target > 0)) + settings.float_stream + 2 * (settings.edit != "none")
     weights = sum(matrix.weights for matrix in matrices)
     groups = {(index, matrix.columns): matrix.columns for index, block in enumerate(blocks) for matrix in _matrices(block)}
@@ -204,13 +209,13 @@ def _seconds(blocks: Sequence[nn.Module], plan: Plan, method: Method, windows: t
     return (products + tuning + 4 * factors) / rate + rounding
 
 
-def _rounding(spec: str, settings: Settings, workers: Workers) -> tuple[float, float]:
+def _rounding(spec: str, settings: Settings, workers: Workers, rows: int) -> tuple[float, float]:
     """(seconds a weight, more of them for each column that a row has) of choosing codes."""
     chance = np.random.default_rng(0)
     fmt = parse_format(spec)
     took = []
     for columns in (TRIED[0], *TRIED):  # the first time pays for what is compiled and imported
-        weight = chance.standard_normal((256, columns), np.float32)
+        weight = chance.standard_normal((rows, columns), np.float32)
         moment = torch.eye(columns, dtype=torch.float64)
         stats = Statistics([moment], [moment.clone()] if settings.target > 0 else None, 1)
         began = time.perf_counter()

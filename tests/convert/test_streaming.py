@@ -191,7 +191,7 @@ def test_flipped_bytes_are_found_and_made_again(stopped: Path, monkeypatch: pyte
 def test_the_digest_of_a_source_is_that_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nybble.forecast.ROWS_WEIGHTS", 1 << 14)
     made = make("nybble", tmp_path / "out")
-    assert open_contents(made).provenance["source_sha256"] == open_checkpoint(demo.model_folder()).sha256()
+    assert open_contents(made).provenance["source_blake3"] == open_checkpoint(demo.model_folder()).digest()
 
 
 def test_a_memory_limit_is_kept_or_refused(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_the_run_says_where_it_comes_from(demo_run: Outcome) -> None:
     run = demo_run.records[0].run
     assert all(record.run == run for record in demo_run.records)
     assert run.model["architecture"] == "GPT2LMHeadModel"
-    assert run.model["sha256"] == open_checkpoint(nybble.demo.model_folder()).sha256()
+    assert run.model["blake3"] == open_checkpoint(nybble.demo.model_folder()).digest()
     assert run.model["random_weights"] is False
     assert run.text is not None
     facts = {key: run.text[key] for key in ("protocol", "window", "windows", "scored_tokens", "kl_tokens", "bos")}

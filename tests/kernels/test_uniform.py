@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nybble import kernels
+from nybble.errors import NumericError
+from nybble.formats import Format, parse_format
 from nybble.kernels import reference_uniform
 from nybble.kernels.arguments import Bytes, Floats
 
@@ -106,3 +108,53 @@ def test_nothing_is_nothing() -> None:
     empty = np.empty((0, 64), np.float32)
     assert kernels.extremes(empty, 32)[0].shape == (0, 2)
     assert kernels.uniform(empty, 4, 32, np.empty((0, 2), np.float32)).shape == (0, 64)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@many
+@given(
+    rows=st.integers(1, 9), columns=st.integers(1, 200), granularity=st.sampled_from(["g32", "g64", "channel"]),
+    seed=st.integers(0, 2**32 - 1), asymmetric=st.booleans(), wide=st.booleans(), kind=st.sampled_from(["f32", "f16", "bf16"]),
+)  # fmt: skip
+def test_one_pass_is_the_plain_way(
+    bits: int, rows: int, columns: int, granularity: str, seed: int, asymmetric: bool, wide: bool, kind: str, each_set: Walk
+) -> None:
+    options = f"{',asym' if asymmetric else ''}{',f32' if wide and granularity != 'channel' else ''}"
+    fmt = parse_format(f"int{bits}:{granularity}{options}")
+    random = np.random.default_rng(seed)
+    weight = random.normal(size=(rows, columns)) * 2.0 ** random.integers(-40, 8, (rows, 1))
+    style = random.integers(0, 6, rows)
+    weight[style == 0] = 0.0 * random.choice([-1, 1], weight[style == 0].shape)
+    weight[style == 1] = random.integers(-15, 16, weight[style == 1].shape) / 2  # quotients half way between two steps
+    weight[style == 2] = np.abs(weight[style == 2])
+    weight[style == 3] *= 2.0**-110  # less than any half
+    if kind == "bf16":
+        values = (weight.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        widened = (values.astype(np.uint32) << 16).view(np.float32)
+    else:
+        values = weight.astype(np.float16 if kind == "f16" else np.float32)
+        widened = values.astype(np.float32)
+    codes, params = Format.round(fmt, widened)  # fit, then encode
+    for isa in each_set():
+        found = fmt.round_stored(values, kind)
+        assert found is not None, isa
+        assert found[0].tobytes() == codes.tobytes(), isa
+        assert {n: v.tobytes() for n, v in found[1].items()} == {n: v.tobytes() for n, v in params.items()}, isa
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_one_pass_leaves_what_is_wrong_to_the_plain_way(bad: float) -> None:
+    weight = np.ones((3, 100), np.float32)
+    weight[2, 99] = bad
+    fmt = parse_format("int4:g32")
+    assert fmt.round_stored(weight, "f32") is None
+    with pytest.raises(NumericError):
+        fmt.round(weight)
+
+
+def test_one_pass_leaves_scales_without_room_to_the_plain_way() -> None:
+    weight = np.full((2, 64), 1e6, np.float32)
+    assert parse_format("int2:g64").round_stored(weight, "f32") is None
+    with pytest.raises(NumericError, match="exceeds"):
+        parse_format("int2:g64").round(weight)
+    assert parse_format("int2:channel").round_stored(weight, "f32") is not None

@@ -46,7 +46,7 @@ def test_shards(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(shards(tmp_path, places))
     assert [file.name for file in checkpoint.files] == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert checkpoint.bytes == sum(file.stat().st_size for file in checkpoint.files)
-    assert len(checkpoint.sha256()) == 64
+    assert len(checkpoint.digest()) == 64
 
 
 def test_an_index_of_one_shard(tmp_path: Path) -> None:

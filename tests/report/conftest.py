@@ -44,7 +44,7 @@ RUN = Run(
         "name": "stdlib-gpt2-6m",
         "architecture": "gpt2",
         "parameters": 5_900_000,
-        "sha256": "ab" * 32,
+        "blake3": "ab" * 32,
         "random_weights": False,
     },
     text={

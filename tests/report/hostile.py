@@ -21,7 +21,7 @@ def poison(records: list[Record], texts: tuple[str, ...]) -> list[Record]:
     text = texts[0]
     run = replace(
         records[0].run, id=text, created=text, prompt=text, versions={text: text},
-        model={**records[0].run.model, "name": text, "architecture": text, "sha256": text},
+        model={**records[0].run.model, "name": text, "architecture": text, "blake3": text},
         text={**(records[0].run.text or {}), "name": text, "protocol": text},
         machine={**records[0].run.machine, "cpu": text, "system": text},
     )  # fmt: skip

@@ -94,7 +94,7 @@ def test_saving_keeps_codes_and_provenance(tiny_folder: Path, tmp_path: Path) ->
     assert facts["keep"] == ["wpe"]
     assert facts["rules"] == [["wte", "int8:channel"]]
     assert facts["nybble"] == nybble.__version__
-    assert len(facts["source_sha256"]) == 64
+    assert len(facts["source_blake3"]) == 64
     assert facts["source"] == "gpt2"
 
 

@@ -139,8 +139,8 @@ def _show_alone(alone: list[Alone], together: float | None) -> None:
 def _made_from(provenance: dict[str, object], float_folder: Path) -> bool:
     from nybble.models.checkpoint import open_checkpoint
 
-    made_from = provenance.get("source_sha256")
-    return made_from is None or made_from == open_checkpoint(float_folder).sha256()
+    made_from = provenance.get("source_blake3")
+    return made_from is None or made_from == open_checkpoint(float_folder).digest()
 
 
 def _default_modes(folder: Path, packed: bool, work: float, notes: list[str]) -> str:

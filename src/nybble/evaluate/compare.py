@@ -149,8 +149,8 @@ def _check_known(known: Sequence[Record], checkpoint: Checkpoint, text_facts: di
     if not known:
         return
     run = known[0].run
-    was = {"model": run.model["sha256"], "text": (run.text or {}).get("sha256"), "versions": {**run.versions, "torch": ""}}
-    now = {"model": checkpoint.sha256(), "text": (text_facts or {}).get("sha256"), "versions": {**_versions(), "torch": ""}}
+    was = {"model": run.model.get("blake3"), "text": (run.text or {}).get("sha256"), "versions": {**run.versions, "torch": ""}}
+    now = {"model": checkpoint.digest(), "text": (text_facts or {}).get("sha256"), "versions": {**_versions(), "torch": ""}}
     check_same(Path("the output"), was, now)
 
 
@@ -253,7 +253,7 @@ def _run(
     text_facts: dict[str, Any] | None,
     bandwidth: float,
 ) -> Run:
-    facts = {key: ready[key] for key in ("architecture", "parameters", "sha256")}
+    facts = {key: ready[key] for key in ("architecture", "parameters", "blake3")}
     return Run(
         id=uuid.uuid4().hex,
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

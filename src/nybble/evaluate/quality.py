@@ -70,7 +70,7 @@ class LogitCache:
     """
 
     folder: Path
-    model_sha256: str
+    model_digest: str
     windows_sha256: str
     windows: int
     tokens: int
@@ -90,7 +90,7 @@ class LogitCache:
     def create(
         folder: str | Path,
         model: Any,
-        model_sha256: str,
+        model_digest: str,
         windows: Windows,
         budget_bytes: int = CACHE_BUDGET_BYTES,
         batch_tokens: int = 2048,
@@ -107,7 +107,7 @@ class LogitCache:
         count = int(np.searchsorted(rows_after, budget_bytes // (vocabulary * 4), side="right"))
         if count == 0:
             return None
-        cache = LogitCache(folder, model_sha256, windows.sha256, count, int(rows_after[count - 1]), vocabulary)
+        cache = LogitCache(folder, model_digest, windows.sha256, count, int(rows_after[count - 1]), vocabulary)
         partial = folder / "logits.bin.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ class LogitCache:
                 partial.unlink(missing_ok=True)
             header = {
                 "schema": CACHE_SCHEMA,
-                "model_sha256": model_sha256,
+                "model_digest": model_digest,
                 "windows_sha256": cache.windows_sha256,
                 "windows": count,
                 "shape": [cache.tokens, vocabulary],
@@ -140,7 +140,7 @@ class LogitCache:
         return cache
 
     @staticmethod
-    def open(folder: str | Path, model_sha256: str, windows: Windows) -> LogitCache | None:
+    def open(folder: str | Path, model_digest: str, windows: Windows) -> LogitCache | None:
         """The cache in a folder; None when there is none for this model and windows. FileFormatError if damaged."""
         folder = Path(folder)
         path = folder / "logits.json"
@@ -152,12 +152,12 @@ class LogitCache:
                 return None
             tokens, vocabulary = (int(n) for n in header["shape"])
             cache = LogitCache(
-                folder, header["model_sha256"], header["windows_sha256"], int(header["windows"]), tokens, vocabulary
+                folder, header["model_digest"], header["windows_sha256"], int(header["windows"]), tokens, vocabulary
             )
             size = cache.data.stat().st_size
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise FileFormatError(f"{path} is not a header of cached logits ({error}); delete the folder") from error
-        if cache.model_sha256 != model_sha256 or cache.windows_sha256 != windows.sha256:
+        if cache.model_digest != model_digest or cache.windows_sha256 != windows.sha256:
             return None
         if size != cache.size_bytes or tokens != int(windows.scored[: cache.windows].sum()):
             raise FileFormatError(f"{cache.data} has {size} bytes, {cache.size_bytes} promised; delete the folder")

@@ -100,7 +100,8 @@ class Run:
     created: str
     """ISO 8601, UTC."""
     model: dict[str, Any]
-    """name, architecture, parameters (count, tied weights once), sha256 (of its weight files), random_weights (bool)."""
+    """name, architecture, parameters (count, tied weights once), blake3 (of config.json and all tensors),
+    random_weights (bool)."""
     text: dict[str, Any] | None
     """name, sha256, tokens, protocol (paper, llama.cpp, stride), window, windows, scored_tokens, kl_tokens, bos (bool)."""
     versions: dict[str, str]

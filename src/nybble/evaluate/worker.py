@@ -38,7 +38,7 @@ def quality(job: Job) -> None:
     torch.set_num_threads(job.threads)
     model = load_model(job.folder)
     checkpoint = open_checkpoint(job.folder)
-    source_hash = checkpoint.sha256()
+    source_hash = checkpoint.digest()
     tensors = describe(model, checkpoint.float_tag)
     plans = []
     for spec in job.variants:  # all of them first: a wrong pattern shows before an hour of work
@@ -63,7 +63,7 @@ def quality(job: Job) -> None:
         "ready",
         architecture=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        sha256=source_hash,
+        blake3=source_hash,
         torch=torch.__version__,
         text=None
         if windows is None

@@ -1,8 +1,8 @@
 """A file of known size that is written piece by piece, in any order and over several runs.
 
 A piece is some runs of bytes that belong together. It counts as finished when its bytes are on disk, have been read again, and
-stand in the journal with their SHA-256; what another run finished is believed after the same comparison. Pieces go to the disk
-in batches: waiting for it costs as much for a norm's gain as for a matrix.
+stand in the journal with their BLAKE3 digest; what another run finished is believed after the same comparison. Pieces go to the
+disk in batches: waiting for it costs as much for a norm's gain as for a matrix.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from nybble.errors import OutputError
 from nybble.files.folder import file_mode
@@ -30,7 +31,7 @@ Run = tuple[int, memoryview]
 
 
 Piece = tuple[str, str, list[list[int]], Any]
-"""(key, SHA-256, [where, bytes] of each run, note)."""
+"""(key, BLAKE3, [where, bytes] of each run, note)."""
 
 
 class PieceFile:
@@ -88,7 +89,7 @@ class PieceFile:
 
     def write(self, key: str, runs: Sequence[Run], note: Any = None) -> None:
         """Write a piece. Its buffers are not needed afterwards. Raises OutputError."""
-        digest = sha256()
+        digest = blake3()
         places = []
         try:
             for start, data in runs:
@@ -150,7 +151,7 @@ class PieceFile:
         os.close(self._file)
 
     def _digest(self, runs: Sequence[Sequence[int]]) -> str:
-        digest = sha256()
+        digest = blake3()
         try:
             for start, length in runs:
                 while length > 0:

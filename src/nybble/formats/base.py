@@ -127,6 +127,11 @@ class Format(ABC):
         params = self.fit(weight, importance)
         return self.encode(weight, params), params
 
+    def round_stored(self, values: NDArray[Any], kind: str) -> tuple[Codes, Params] | None:
+        """`round` of a weight [N, K] as a file has it: `kind` is f32, f16, or bf16 (uint16 bit patterns). None where there is no
+        shorter way than to widen it first, or something is wrong with it, which that way then says."""
+        return None
+
     def fallback(self, columns: int) -> str | None:
         """Spec of the format that takes this one's place where rows of `columns` are no multiple of `whole`; None: this one
         fits, or none does."""

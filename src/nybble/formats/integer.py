@@ -14,7 +14,7 @@ Bound: |w - value| <= scale / 2 (1 + 2^(bits - 23)), the second term for the flo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,7 +81,8 @@ class Integer(PackedFormat):
                 weights = blocked_importance(importance, weight.shape, self.granularity)
                 scale, zero = search_affine(view, weights, self.bits, scale, zero)
             return {"scale": scale, "zero": kernels.pack(zero, self.bits)}
-        scale = store_up(np.maximum(-low, high).astype(np.float64) / (2 ** (self.bits - 1) - 1), dtype)
+        ends = np.maximum(-low, high).astype(np.float64) + 0.0  # of zeros: not -0
+        scale = store_up(ends / (2 ** (self.bits - 1) - 1), dtype)
         if importance is not None:
             weights = blocked_importance(importance, weight.shape, self.granularity)
             scale = search_scale(view, weights, self._snap, float(2 ** (self.bits - 1)), scale, both_signs=True)
@@ -118,6 +119,21 @@ class Integer(PackedFormat):
         rows = np.require(np.broadcast_to(scale, (len(weight), scale.shape[1])), requirements="C")
         zeros = None if zero is None else np.require(np.broadcast_to(zero, rows.shape), requirements="C")
         return kernels.uniform(np.ascontiguousarray(weight), self.bits, block, rows, zeros)
+
+    def round(self, weight: Float32, importance: Float32 | None = None) -> tuple[Codes, Params]:
+        found = None if importance is not None else self.round_stored(weight, "f32")
+        return super().round(weight, importance) if found is None else found
+
+    def round_stored(self, values: NDArray[Any], kind: str) -> tuple[Codes, Params] | None:
+        if self.granularity == "tensor" or not values.size:
+            return None
+        wide = scale_dtype(self.granularity, self.wide) == "float32"
+        whole = np.require(values, requirements=("C", "A"))
+        found = kernels.round_uniform(whole, kind, self.bits, self.block(values.shape[1]), wide, self.asymmetric)
+        if found is None:
+            return None
+        codes, scale, zero = found
+        return codes, {"scale": scale} if zero is None else {"scale": scale, "zero": kernels.pack(zero, self.bits)}
 
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         rows, blocks = self.blocks(shape)

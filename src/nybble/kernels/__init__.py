@@ -366,6 +366,33 @@ def uniform(weight: Floats, bits: int, block: int, scale: Floats, zero: Floats |
     return codes
 
 
+def round_uniform(
+    values: NDArray[Any], kind: str, bits: int, block: int, wide: bool, asymmetric: bool, threads: int = 1
+) -> tuple[Bytes, NDArray[np.floating[Any]], Bytes | None] | None:
+    """(codes uint8 [N, K], scale [N, ceil(K / block)], float16 or `wide` float32, zero uint8 like scale or None) of a weight
+    [N, K] as a file has it, rounded from the plain range of each block: `extremes`, the scale rounded up, `uniform`, in one pass.
+
+    `kind` is f32 (float32), f16 (float16) or bf16 (uint16 bit patterns). None where there are no native kernels, and where a
+    weight is not finite or a scale has no room: the plain way says why. Raises ValueError for types that do not fit.
+    """
+    dtypes = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+    if kind not in dtypes:
+        raise ValueError(f"kind must be {', '.join(dtypes)}, got {kind!r}")
+    found = arguments.array("values", values, (np.dtype(dtypes[kind]),), 2)
+    bits = arguments.integer("bits", bits, 2, arguments.MAX_BITS)
+    block = arguments.integer("block", block, 1, arguments.MAX_COLUMNS)
+    threads = arguments.integer("threads", threads, 1, arguments.MAX_THREADS)
+    if _native is None:
+        return None
+    each = (found.shape[0], -(-found.shape[1] // block))
+    codes, scale = np.empty(found.shape, np.uint8), np.empty(each, np.float32 if wide else np.float16)
+    zero = np.empty(each, np.uint8) if asymmetric else None
+    halves = None if wide else scale.view(np.uint16)
+    raw = found.view(np.uint16) if kind == "f16" else found
+    fine = _native.round_uniform(raw, kind, bits, block, codes, halves, scale if wide else None, zero, threads)
+    return (codes, scale, zero) if fine else None
+
+
 def round_blocks(weight: Floats, bits: int, block: int, rule: str, threads: int = 1) -> tuple[Bytes, Floats, Floats]:
     """(codes uint8 [N, K], scale and shift float32 [N, K / block]) of a finite weight float32 [N, K], rounded as ggml does it by
     the rule `range`, `ends` or `away` (reference_round.py says what they are), before scale and shift are stored in fewer bits.

@@ -2,7 +2,10 @@
 #include "bind.hpp"
 #include "cpu.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <limits>
+#include <string>
 #include <vector>
 
 namespace nybble {
@@ -191,6 +194,48 @@ void uniform(const Matrix<const float>& weight, int bits, std::size_t block, con
     });
 }
 
+bool round_uniform(const Any& values, const std::string& kind, int bits, std::size_t block, const Matrix<std::uint8_t>& codes,
+                   const std::optional<Matrix<std::uint16_t>>& halves, const std::optional<Matrix<float>>& scale,
+                   const std::optional<Matrix<std::uint8_t>>& zero, int threads) {
+    require(kind == "f32" || kind == "f16" || kind == "bf16", "kind must be f32, f16 or bf16");
+    const std::size_t width = kind == "f32" ? 4 : 2, rows = values.shape(0), columns = values.shape(1);
+    require(values.dtype().bits == 8 * width && values.dtype().lanes == 1, "values have another width");
+    require(bits >= 2 && bits <= 8 && block >= 1, "bits must be 2 to 8, block at least 1");
+    const std::size_t blocks = (columns + block - 1) / block;
+    const auto fits = [&](const auto& a, std::size_t count) { return a.shape(0) == rows && a.shape(1) == count; };
+    require(halves.has_value() != scale.has_value(), "scales are halves or floats");
+    require(fits(codes, columns) && (!halves || fits(*halves, blocks)) && (!scale || fits(*scale, blocks)) && (!zero || fits(*zero, blocks)),
+            "an output has the wrong shape");
+    threads = threads_for(threads);
+    RoundRow all{};
+    all.holds = kind == "f32" ? Holds::f32 : kind == "f16" ? Holds::f16 : Holds::bf16;
+    all.columns = columns;
+    all.block = block;
+    all.bits = bits;
+    const auto* from = static_cast<const std::uint8_t*>(values.data());
+    std::uint8_t *to = codes.data(), *zeros = zero ? zero->data() : nullptr;
+    std::uint16_t* small = halves ? halves->data() : nullptr;
+    float* wide = scale ? scale->data() : nullptr;
+    std::atomic<bool> fine{true};
+    nb::gil_scoped_release release;
+    const Kernels& kernel = kernels();
+    const std::size_t group = std::max<std::size_t>(1, 65536 / std::max<std::size_t>(1, columns));
+    parallel((rows + group - 1) / group, threads, [&](std::size_t chunk, int) {
+        std::vector<float> floats(all.holds == Holds::f32 ? 0 : columns);
+        for (std::size_t row = chunk * group; row < std::min(rows, (chunk + 1) * group) && fine; ++row) {
+            RoundRow one = all;
+            one.from = from + row * columns * width;
+            one.floats = floats.data();
+            one.codes = to + row * columns;
+            one.halves = small == nullptr ? nullptr : small + row * blocks;
+            one.scale = wide == nullptr ? nullptr : wide + row * blocks;
+            one.zero = zeros == nullptr ? nullptr : zeros + row * blocks;
+            if (!kernel.round_row(one)) fine = false;
+        }
+    });
+    return fine;
+}
+
 }  // namespace
 
 void bind_search(nb::module_& m) {
@@ -204,6 +249,9 @@ void bind_search(nb::module_& m) {
           nb::arg("high").noconvert(), nb::arg("threads"));
     m.def("uniform", &uniform, nb::arg("weight").noconvert(), nb::arg("bits"), nb::arg("block"), nb::arg("scale").noconvert(),
           nb::arg("zero").noconvert().none(), nb::arg("codes").noconvert(), nb::arg("threads"));
+    m.def("round_uniform", &round_uniform, nb::arg("values").noconvert(), nb::arg("kind"), nb::arg("bits"), nb::arg("block"),
+          nb::arg("codes").noconvert(), nb::arg("halves").noconvert().none(), nb::arg("scale").noconvert().none(),
+          nb::arg("zero").noconvert().none(), nb::arg("threads"));
     m.def("round_blocks", &round_blocks, nb::arg("weight").noconvert(), nb::arg("bits"), nb::arg("block"), nb::arg("rule"),
           nb::arg("codes").noconvert(), nb::arg("scale").noconvert(), nb::arg("shift").noconvert(), nb::arg("threads"));
 }

@@ -73,6 +73,19 @@ struct SixteenRuns {
 // How ggml rounds blocks (reference_round.py).
 enum class RoundBy { range, ends, away };
 
+// One row of a weight as a file has it, and where its codes and what is stored with them go.
+struct RoundRow {
+    const void* from = nullptr;
+    Holds holds = Holds::f32;
+    std::size_t columns = 0, block = 0;
+    int bits = 0;
+    float* floats = nullptr;          // room for the row, where it is not floats
+    std::uint8_t* codes = nullptr;
+    std::uint16_t* halves = nullptr;  // scales as halves, or
+    float* scale = nullptr;           // as floats
+    std::uint8_t* zero = nullptr;     // nullptr: the middle
+};
+
 // Where sixteen blocks lie, and where their codes go; lane i is block i.
 struct SixteenBlocks {
     const float* weight[16];
@@ -128,6 +141,7 @@ struct Kernels {
     // rint(weight / scale) + zero (`middle` where there are none), cut off at 0 and top.
     void (*uniform_row)(const float* weight, std::size_t columns, std::size_t block, const float* scale, const float* zero,
                         double middle, double top, std::uint8_t* codes);
+    bool (*round_row)(const RoundRow&);
 };
 
 // Scratch of a product with so many rows of x: corrections, and for panels some tiles unpacked to bytes.

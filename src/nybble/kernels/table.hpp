@@ -27,5 +27,5 @@ const Kernels NYBBLE_TABLE = {
     NYBBLE_ISA::quantize_row, NYBBLE_ISA::norm_row,    NYBBLE_ISA::best_of,    NYBBLE_ISA::append,         NYBBLE_ISA::widen_head,
     NYBBLE_ISA::attend_scratch, NYBBLE_ISA::attend,    NYBBLE_ISA::activate_row,
     NYBBLE_ISA::search_runs,   NYBBLE_ISA::nearest_row,   NYBBLE_ISA::round_sixteen,
-    NYBBLE_ISA::extremes_row,  NYBBLE_ISA::uniform_row};
+    NYBBLE_ISA::extremes_row,  NYBBLE_ISA::uniform_row, NYBBLE_ISA::round_row};
 }  // namespace nybble

@@ -6,11 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from nybble.errors import FileFormatError, InputError, OutputError, shown
@@ -63,13 +63,13 @@ class Checkpoint:
         stated = str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
         return {"float16": "F16", "bfloat16": "BF16"}.get(stated, "F32")
 
-    def sha256(self) -> str:
-        """SHA-256 over config.json and all tensors, wherever they lie."""
+    def digest(self) -> str:
+        """BLAKE3 over config.json and all tensors, wherever they lie."""
         found = {}
         for file in map(SafetensorsFile, self.files):
             for name, entry in file.entries.items():
                 found[name] = entry.dtype, entry.shape, row_digests(file.read(name))
-        return tensors_sha256(self.folder, found)
+        return tensors_digest(self.folder, found)
 
 
 def digest_rows(shape: tuple[int, ...]) -> int:
@@ -78,16 +78,16 @@ def digest_rows(shape: tuple[int, ...]) -> int:
 
 
 def row_digests(values: NDArray[Any]) -> list[str]:
-    """SHA-256 of every run of `digest_rows` rows of a tensor, or of some rows of one that begin with such a run."""
+    """BLAKE3 of every run of `digest_rows` rows of a tensor, or of some rows of one that begin with such a run."""
     values = values.reshape(1) if values.ndim == 0 else values
     step = digest_rows(values.shape)
     runs = (values[start : start + step] for start in range(0, len(values), step))
-    return [sha256(np.ascontiguousarray(run).reshape(-1).view(np.uint8).data).hexdigest() for run in runs]
+    return [blake3(np.ascontiguousarray(run).reshape(-1).view(np.uint8).data).hexdigest() for run in runs]
 
 
-def tensors_sha256(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[str]]]) -> str:
-    """SHA-256 of a checkpoint, given the digests of each tensor's rows: name -> (dtype tag, shape, `row_digests`)."""
-    digest = sha256(read_bytes(folder / "config.json", MAX_BYTES))
+def tensors_digest(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...], Sequence[str]]]) -> str:
+    """BLAKE3 of a checkpoint, given the digests of each tensor's rows: name -> (dtype tag, shape, `row_digests`)."""
+    digest = blake3(read_bytes(folder / "config.json", MAX_BYTES))
     for name, (tag, shape, runs) in sorted(tensors.items()):
         digest.update(f"{name} {tag} {list(shape)} {' '.join(runs)}\n".encode())
     return digest.hexdigest()

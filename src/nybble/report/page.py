@@ -148,8 +148,8 @@ def describe_run(record: Record) -> list[tuple[str, str]]:
     count = model.get("parameters")
     parameters = f", {count / 1e6:,.1f} M parameters" if isinstance(count, int | float) and not isinstance(count, bool) else ""
     rows = [("Model", f"{model.get('name', '?')} ({model.get('architecture', '?')}{parameters})")]
-    if model.get("sha256"):
-        rows.append(("SHA-256", str(model["sha256"])[:16]))
+    if model.get("blake3"):
+        rows.append(("BLAKE3", str(model["blake3"])[:16]))
     if run.text:
         text = run.text
         stride = f" every {text['stride']}" if text.get("stride") else ""
