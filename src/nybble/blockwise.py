@@ -46,8 +46,8 @@ from nybble.walk_forecast import WalkForecast, forecast_walk
 class Calibration:
     """Which windows a method looks at."""
 
-    texts: str | Sequence[str] | None
-    """Texts, or "self": the model writes them. None: a method that can do without."""
+    texts: str | Sequence[str]
+    """Texts, or "self": the model writes them."""
     windows: int
     window: int | None
     packing: bool
@@ -89,7 +89,7 @@ def quantize_folder(
         "method": recipe.method,
         "choice of weights": [list(recipe.keep), [list(rule) for rule in recipe.rules]],
         "container": [container, dict(options)],
-        "calibration text": sha256("".join(calibration.texts or ()).encode()).hexdigest(),
+        "calibration text": sha256("".join(calibration.texts).encode()).hexdigest(),
         "choice of windows": [calibration.windows, calibration.window, not calibration.packing, calibration.seed],
         **facts_of(open_contents(source)),
     }

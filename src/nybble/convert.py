@@ -1,8 +1,8 @@
 """From one container to another: codes are carried over where the other holds the same values, and what that costs elsewhere is
 measured (converting.py). No torch.
 
-What was written is read again and compared before it gets its name. Containers that can be streamed are written piece by piece,
-and a run that was stopped goes on where it was (containers/streaming.py).
+What was written is read again and compared before it gets its name. Containers that can be streamed are written piece by piece
+(containers/streaming.py); of others every tensor is kept as it is made. Either way a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import dataclasses
 import os
 import platform
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -22,15 +25,16 @@ import numpy as np
 
 from nybble.containers import find_container, open_contents
 from nybble.containers.contents import Contents
-from nybble.containers.saving import check_room, check_target, container_of, save
-from nybble.containers.streaming import Stream, run_stream
+from nybble.containers.saving import check_room, check_target, container_of, digest_of, save, write_checked
+from nybble.containers.streaming import Group, Stream, run_stream
 from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_specs, describe_contents
 from nybble.errors import OutputError, UsageError
-from nybble.files.job import Job, how_to_go_on, open_job
+from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job, remove
+from nybble.finished import Block, FinishedBlocks
 from nybble.forecast import Forecast, forecast
-from nybble.formats import parse_format
+from nybble.formats import QTensor, parse_format
 from nybble.methods import parse_method
-from nybble.models.checkpoint import row_digests, tensors_digest, unpickle_folder
+from nybble.models.checkpoint import open_checkpoint, row_digests, tensors_digest, unpickle_folder
 from nybble.models.filling import check_filling
 from nybble.models.mapped import give_back
 from nybble.plan import Recipe, make_plan
@@ -123,8 +127,7 @@ def convert(
     if plan is not None:
         shapes = {name: shape for held in (contents.packed, contents.floats) for name, (_, shape) in held.items()}
         check_filling(contents.config, shapes, contents.path)
-    streamed = streams(module.NAME) and bool(contents.files)
-    work = Work(contents, module, plan, parsed, None if streamed else progress, measures)
+    work = Work(contents, module, plan, parsed, None if contents.files else progress, measures)
     made: dict[str, Any] = (
         {} if plan is None else {"plan_hash": plan.hash, "format": plan.recipe.format, "method": plan.recipe.method}
     )
@@ -132,13 +135,10 @@ def convert(
         made["bits_per_weight"] = round(plan.bpw, 6)
     known = {**contents.provenance, **made, **(provenance or {})}
     result = work.contents(known)
-    if not streamed:
+    if not contents.files:  # in memory already
         check_room(target, work.bytes)
-        if memory is not None:
-            raise UsageError(f"--memory is for outputs that are written piece by piece; {module.NAME} is written at once")
         size = save(result, target, module.NAME, chosen, force, work.digests.__getitem__)
         return Conversion(target, module.NAME, work.steps(), size)
-    stream = module.stream(result, chosen)
     facts = {
         "format": None if recipe is None else recipe.format,
         "method": str(parsed),
@@ -146,30 +146,141 @@ def convert(
         "container": [module.NAME, chosen],
         "way of measuring": measures,
         **facts_of(contents),
-        "layout": sha256(stream.head(known)).hexdigest(),
     }
+    pace = _Pace(threads or min(MOST_THREADS, os.cpu_count() or 1), memory, progress, announce)
     work.parts = {}
     try:
-        with open_job(target, facts, restart) as job:
-            if job.published:
-                _count(job, work)
-            else:
-                count = threads or min(MOST_THREADS, os.cpu_count() or 1)
-                expected = forecast(stream, result, parsed, target, count, memory, contents.bytes)
-                announce(str(expected))
-                if job.begun:
-                    announce(f"going on with what is in {job.folder}")
-                damaged = _stream(job, stream, work, known, progress, expected)
-                if damaged:
-                    announce(f"{damaged} pieces in {job.folder} were not what had been written; they were made again")
-                module.read(job.place)
-                job.publish()
+        if streams(module.NAME):
+            _in_pieces(target, module.stream(result, chosen), work, result, facts, restart, pace)
+        else:
+            _by_tensors(target, work, result, chosen, facts, restart, pace)
     except (KeyboardInterrupt, OutputError) as error:
         if (remark := how_to_go_on(target, error)) is not None:
             announce(remark)
         raise
     size = target.stat().st_size if target.is_file() else sum(file.stat().st_size for file in target.iterdir())
     return Conversion(target, module.NAME, work.steps(), size)
+
+
+@dataclass(frozen=True)
+class _Pace:
+    """How it is to be made, and who is told."""
+
+    threads: int
+    memory: int | None
+    progress: Progress | None
+    announce: Callable[[str], None]
+
+    def report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress("", done, total)
+
+
+def _in_pieces(
+    target: Path, stream: Stream, work: Work, result: Contents, facts: Mapping[str, Any], restart: bool, pace: _Pace
+) -> None:
+    """Write a container that can be streamed."""
+    known = dict(result.provenance)
+    with open_job(target, {**facts, "layout": sha256(stream.head(known)).hexdigest()}, restart) as job:
+        if job.published:
+            _count(job, work)
+            return
+        expected = forecast(stream, result, work.method, target, pace.threads, pace.memory, work.source.bytes)
+        pace.announce(str(expected))
+        if job.begun:
+            pace.announce(f"going on with what is in {job.folder}")
+        damaged = _stream(job, stream, work, known, pace, expected)
+        if damaged:
+            pace.announce(f"{damaged} pieces in {job.folder} were not what had been written; they were made again")
+        work.module.read(job.place)
+        job.publish()
+
+
+def _by_tensors(
+    target: Path,
+    work: Work,
+    result: Contents,
+    options: Mapping[str, str],
+    facts: Mapping[str, Any],
+    restart: bool,
+    pace: _Pace,
+) -> None:
+    """Write a container whose layout depends on what is in it: what is rounded is kept tensor by tensor, then put together."""
+    names = [name for name, (spec, _) in result.packed.items() if name in work.source.floats and not parse_format(spec).is_cast]
+    with open_job(target, facts, restart) as job:
+        if job.published:
+            _count(job, work)
+            return
+        finished = FinishedBlocks(job.folder / BLOCKS, job.journal)
+        whole = [Group(name, result.packed[name][1], partial(_arrays, result, name)) for name in names]
+        apart = [dataclasses.replace(group, by_rows=True) for group in whole if group.name in result.by_rows]
+        size = 2 * work.bytes  # what is kept, and the output
+        rough, tried = (Stream("", groups, {}, size, lambda _: b"") for groups in (whole, apart))
+        expected = forecast(rough, result, work.method, target, pace.threads, pace.memory, work.source.bytes, tried)
+        pace.announce(str(expected))
+        if job.begun:
+            pace.announce(f"going on with what is in {job.folder}")
+        for done, (index, name, block) in enumerate(_made(names, work, result, finished, expected.threads)):
+            if name not in finished:
+                finished.keep(index, block)
+            work.add(name, _cost(block.note))
+            pace.report(done + 1, len(names))
+        if finished.damaged:
+            pace.announce(f"{finished.damaged} tensors in {job.folder} were not what had been written; they were made again")
+        provenance = dict(result.provenance)
+        if provenance.get("source_blake3") == PLACEHOLDER:
+            provenance["source_blake3"] = open_checkpoint(work.source.path).digest()
+        work.parts = None  # what is not kept is made, and measured, as it is written
+
+        def read(name: str) -> QTensor:
+            if name not in finished:
+                return result.read_packed(name)
+            tensor = work.with_scheme(name, finished.read(name))
+            work.digests[name] = digest_of(tensor)
+            return tensor
+
+        remove(job.place)
+        if work.module.FOLDER:
+            job.place.mkdir()
+        written = dataclasses.replace(result, read_packed=read, provenance=provenance)
+        write_checked(work.module, job.place, written, options, work.digests.__getitem__)
+        job.publish()
+
+
+def _made(
+    names: Sequence[str], work: Work, result: Contents, finished: FinishedBlocks, threads: int
+) -> Iterator[tuple[int, str, Block]]:
+    """(index, name, what was found or made of it), in order; a few are made ahead, in threads."""
+
+    def make(name: str) -> Block:
+        tensor = result.read_packed(name)
+        assert work.parts is not None
+        return Block({name: tensor}, note=work.parts.pop((name, 0))[0])
+
+    waiting: deque[tuple[int, str, Block | Future[Block]]] = deque()
+
+    def first() -> tuple[int, str, Block]:
+        index, name, block = waiting.popleft()
+        return index, name, block.result() if isinstance(block, Future) else block
+
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for index, name in enumerate(names):
+                waiting.append((index, name, finished.find(index) or pool.submit(make, name)))
+                if len(waiting) > threads:
+                    yield first()
+            while waiting:
+                yield first()
+        finally:
+            for *_, block in waiting:
+                if isinstance(block, Future):
+                    block.cancel()
+
+
+def _arrays(result: Contents, name: str, rows: slice | None) -> Mapping[str, Any]:
+    """A weight as its format stores it, or some rows."""
+    stored: Mapping[str, Any] = result.part(name, rows).stored()
+    return stored
 
 
 def streams(container: str) -> bool:
@@ -204,7 +315,7 @@ def facts_of(contents: Contents) -> dict[str, Any]:
     return found
 
 
-def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progress: Progress | None, expected: Forecast) -> int:
+def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], pace: _Pace, expected: Forecast) -> int:
     """Make what is missing of a job's output, all but its name; returns how many pieces were damaged."""
     work.hashes = known.get("source_blake3") == PLACEHOLDER
     digests: dict[str, list[str]] = {}
@@ -219,10 +330,6 @@ def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progres
             give_back(work.source_rows(name, rows))
         return note
 
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress("", done, total)
-
     def provenance() -> Mapping[str, Any]:
         if not work.hashes:
             return known
@@ -233,7 +340,7 @@ def _stream(job: Job, stream: Stream, work: Work, known: dict[str, Any], progres
         }
         return {**known, "source_blake3": tensors_digest(work.source.path, found)}
 
-    return run_stream(job, stream, watch, provenance, report, expected.threads, expected.rows_weights)
+    return run_stream(job, stream, watch, provenance, pace.report, expected.threads, expected.rows_weights)
 
 
 def _count(job: Job, work: Work) -> None:
@@ -241,6 +348,8 @@ def _count(job: Job, work: Work) -> None:
     for record in job.journal.records:
         for key, _, _, note in record.get("pieces", ()):
             work.add(key.partition("[")[0], _cost(note))
+        if record.get("note") is not None:
+            work.add(record["order"][0], _cost(record["note"]))
 
 
 def _cost(note: Any) -> Cost:

@@ -280,12 +280,18 @@ class Work:
             made = self._settled(rounded if fmt.is_cast else recast(rounded, fmt).tensor)
             same = spec == _spec_of(self.source.floats[name][0]) and name not in self.pruned
             done = None if same or weight is None or not self.measures else compare(weight, made)
-        if name in self.schemes and made.activations is None:
-            made = dataclasses.replace(made, activations=self.schemes[name])
+        made = self.with_scheme(name, made)
         self._note(name, done, rows)
         if self.parts is None:
             self.digests[name] = digest_of(made)
         return made
+
+    def with_scheme(self, name: str, tensor: QTensor) -> QTensor:
+        """A tensor that is made, with what becomes of its inputs: as the container has it, else as the plan does."""
+        settled = self._settled(tensor)
+        if name in self.schemes and settled.activations is None:
+            settled = dataclasses.replace(settled, activations=self.schemes[name])
+        return settled
 
     def _settled(self, tensor: QTensor) -> QTensor:
         """A tensor whose params the container can store, where that is coarser than the format."""

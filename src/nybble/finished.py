@@ -1,4 +1,5 @@
-"""Blocks that a calibrated method is done with, kept on disk: a run that was stopped takes them up and only runs them.
+"""What a long job is done with, kept on disk: blocks of a calibrated method, tensors of a container that is written at once. A
+run that was stopped takes them up.
 
 A block is a safetensors file in the job's folder, with a line of the journal that holds its SHA-256 and the accounts. What came
 of a block depends on the model, the text and the blocks before it alone, so that the rest comes out as it would have.
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,9 @@ from nybble.errors import InputError
 from nybble.files.journal import Journal
 from nybble.files.safetensors import SafetensorsFile, file_sha256, write
 from nybble.formats import QTensor, parse_format
-from nybble.methods.steps.choose import Account
+
+if TYPE_CHECKING:  # it brings torch along
+    from nybble.methods.steps.choose import Account
 
 BLOCK = "block"
 MOVED, EDITED = "moved.", "edited."
@@ -31,11 +34,13 @@ class Block:
 
     tensors: Mapping[str, QTensor]
     """Name of a weight -> its codes, in the order they were decided."""
-    accounts: Mapping[str, Account]
-    moved: Mapping[str, NDArray[np.float32]]
+    accounts: Mapping[str, Account] = field(default_factory=dict)
+    moved: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Name -> what a bias or a norm's gain became."""
     edited: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Name -> what an edit made of a tensor that stays in float, as it lies in a checkpoint."""
+    note: Any = None
+    """What else is to be known of it, as JSON has it."""
 
 
 class FinishedBlocks:
@@ -87,6 +92,7 @@ class FinishedBlocks:
             "formats": {name: [str(tensor.format), *tensor.shape] for name, tensor in block.tensors.items()},
             "order": list(block.tensors),
             "accounts": {name: dataclasses.astuple(account) for name, account in block.accounts.items()},
+            "note": block.note,
         }
         self.journal.append(self._known[index])
         self._places.update(dict.fromkeys(block.tensors, index))
@@ -97,8 +103,15 @@ class FinishedBlocks:
 
 def _read(file: SafetensorsFile, record: Mapping[str, Any]) -> Block:
     tensors = {name: _tensor(file, record, name) for name in record["order"]}
-    accounts = {name: Account(*values) for name, values in record["accounts"].items()}
-    return Block(tensors, accounts, _floats(file, MOVED), _floats(file, EDITED))
+    return Block(tensors, _accounts(record["accounts"]), _floats(file, MOVED), _floats(file, EDITED), record["note"])
+
+
+def _accounts(found: Mapping[str, Any]) -> dict[str, Account]:
+    if not found:
+        return {}
+    from nybble.methods.steps.choose import Account
+
+    return {name: Account(*values) for name, values in found.items()}
 
 
 def _tensor(file: SafetensorsFile, record: Mapping[str, Any], name: str) -> QTensor:

@@ -56,11 +56,19 @@ class Forecast:
 
 
 def forecast(
-    stream: Stream, contents: Contents, method: Method, target: Path, threads: int, limit: int | None, reads: int
+    stream: Stream,
+    contents: Contents,
+    method: Method,
+    target: Path,
+    threads: int,
+    limit: int | None,
+    reads: int,
+    tried: Stream | None = None,
 ) -> Forecast:
     """Choose threads and sizes of pieces so that a stream of `contents` stays within `limit` bytes of memory, and say what it
-    will take. `reads`: bytes of the source. Raises UsageError, with the figure, where it cannot stay within; OutputError where
-    the disk has no room."""
+    will take. `reads`: bytes of the source; `tried`: what to know the time from, if not the stream. Raises UsageError, with the
+    figure, where it cannot stay within; OutputError where the disk has no room.
+    """
     standing = resident()
     plans = [(n, ROWS_WEIGHTS >> k) for n, k in ((threads, 0), (threads, 2), (1, 2), (1, 4), (1, 6))]
     need, largest = 0, ""
@@ -73,7 +81,7 @@ def forecast(
         raise UsageError(f"this takes {size_text(standing + need)} of memory, --memory allows {size_text(limit or 0)}{why}")
     free = check_disk(target, stream.size)
     weights = max(FEWEST_WEIGHTS, weights)
-    return Forecast(n, weights, standing + need, largest, reads, stream.size, free, _seconds(stream, n))
+    return Forecast(n, weights, standing + need, largest, reads, stream.size, free, _seconds(tried or stream, n))
 
 
 def check_disk(target: Path, size: int, more: int = 0) -> int:

@@ -14,12 +14,14 @@ import pytest
 
 from nybble import demo
 from nybble.containers import container_names, find_container, open_contents, streaming
-from nybble.convert import convert, made_by
+from nybble.containers.spilled import Spilled
+from nybble.convert import Conversion, convert, made_by
 from nybble.converting import Work, describe_contents
 from nybble.errors import FileFormatError, NumericError, OutputError, UsageError
 from nybble.files import pieces
 from nybble.files.job import job_folder
 from nybble.files.safetensors import SafetensorsFile, write
+from nybble.finished import FinishedBlocks
 from nybble.forecast import duration, parse_size, size_text
 from nybble.methods import parse_method
 from nybble.models.checkpoint import open_checkpoint
@@ -201,8 +203,10 @@ def test_a_memory_limit_is_kept_or_refused(tmp_path: Path) -> None:
     said: list[str] = []
     make("nybble", tmp_path / "out", memory=10**10, announce=said.append)
     assert said[0].startswith("reads 11.8 MB, writes 3.19 MB (")
-    with pytest.raises(UsageError, match="gptq is written at once"):
-        convert(demo.model_folder(), tmp_path / "g", "gptq", "int4:g64", keep=["wte", "wpe"], memory=10**10)
+    with pytest.raises(UsageError, match="--memory allows 1 MB"):
+        convert(demo.model_folder(), tmp_path / "g", "gptq", "int4:g64", keep=["wte", "wpe"], memory=10**6)
+    convert(demo.model_folder(), tmp_path / "g", "gptq", "int4:g64", keep=["wte", "wpe"], memory=10**10, announce=said.append)
+    assert said[1].startswith("reads 11.8 MB, writes ")
 
 
 def test_sizes() -> None:
@@ -288,3 +292,70 @@ def test_pieces_of_a_group() -> None:
     assert group.parts(10 * wide) == [None]
     assert [group.key(part) for part in (None, slice(0, 3))] == ["w", "w[0:3]"]
     assert streaming.Group("w", (9, wide), lambda rows: {}).parts(wide) == [None]
+
+
+@pytest.mark.parametrize(
+    ("container", "to", "method"),
+    [
+        ("gptq", "int4:g64,asym", "rtn"),
+        ("bitsandbytes", "int8:channel", "llm_int8"),
+        ("compressed-tensors", "int8:channel", "dynamic"),
+        ("nybble-sparse", "int4:g64", "magnitude"),
+    ],
+)
+def test_what_is_put_together_in_the_end_goes_on_too(
+    container: str, to: str, method: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    tiny("llama").save_pretrained(model)
+    keep = ["model.embed_tokens", "lm_head"] if container != "nybble-sparse" else []
+    options = {"checkpoint_format": "gptq_v2"} if container == "gptq" else {}
+
+    def run(out: str, **more: Any) -> Conversion:
+        return convert(model, tmp_path / out, container, to, method, keep=keep, options=options, **more)
+
+    whole = run("whole")
+    real = FinishedBlocks.keep
+
+    def stops(self: FinishedBlocks, index: int, block: Any) -> None:
+        real(self, index, block)
+        raise KeyboardInterrupt
+
+    said: list[str] = []
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(FinishedBlocks, "keep", stops)
+            with pytest.raises(KeyboardInterrupt):
+                run("out", announce=said.append)
+    damaged = sorted((tmp_path / "out.part" / "blocks").iterdir())[1]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(bytes(content))
+    again = run("out", announce=said.append, threads=3)
+    assert sum("the same command goes on from" in line for line in said) == 3
+    assert "1 tensors in" in said[-1]
+    assert again.steps == whole.steps
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_arrays_on_disk_are_what_was_put(tmp_path: Path) -> None:
+    arrays = Spilled(tmp_path)
+    put = {
+        "a": np.arange(5, dtype=np.int32),
+        "b": np.zeros((), np.uint8),
+        "c": np.ones((2, 3), np.float16).T,
+        "d": np.empty((0, 4)),
+    }
+    for name, array in put.items():
+        arrays[name] = "X", array
+    arrays["a"] = "Y", put["a"] + 1
+    assert [(n, tag) for n, (tag, _) in arrays.items()] == [("a", "Y"), ("b", "X"), ("c", "X"), ("d", "X")]
+    for name, array in put.items():
+        assert arrays[name][1].dtype == array.dtype
+        assert arrays[name][1].shape == array.shape
+    assert arrays["a"][1].tolist() == [1, 2, 3, 4, 5]
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError, match="nowhere"):
+        Spilled(tmp_path / "nowhere")

@@ -48,7 +48,7 @@ def test_pieces(kind: str, every: int, shots: int, place: dict[str, Any]) -> Non
         attack()
 
 
-@pytest.mark.parametrize(("kind", "call"), [("gptq", 9), ("train", 30)])
+@pytest.mark.parametrize(("kind", "call"), [("folder", 20), ("gptq", 9), ("gptq", 149), ("train", 30)])
 def test_with_the_model_in_memory(kind: str, call: int, place: dict[str, Any]) -> None:
     job = torture.Torture(place["tasks"][kind], place["server"], place["work"])
     job.kill_at(min(call, job.calls))

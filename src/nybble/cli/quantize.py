@@ -123,7 +123,7 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     """Quantize and save; say what it takes on disk."""
     from nybble.calibrate.source import read_calibration
     from nybble.containers.saving import check_target, container_of
-    from nybble.convert import stay_float, streams
+    from nybble.convert import stay_float
     from nybble.methods import parse_method
     from nybble.models.checkpoint import check_float, open_checkpoint
     from nybble.models.hub import resolve
@@ -145,7 +145,7 @@ def carry_out(job: Job, file: str | None, option: list[str], layers: bool, force
     check_float(checkpoint)
     to = job.to or {"F16": "fp16", "BF16": "bf16"}.get(checkpoint.float_tag, "fp32")
     keep = [*job.keep, *stay_float(folder, container, Recipe(to, job.method, job.keep, tuple(rules)))]
-    if streams(container) and (calibration is None or not wanted.uses_calibration):
+    if calibration is None or not wanted.uses_calibration:
         recipe = Recipe(to, job.method, tuple(keep), tuple(rules))
         done = _piece_by_piece(folder, output, container, recipe, options, force, pace)
         _say(container, done, checkpoint.bytes)

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from nybble.containers.contents import Contents
-from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, one_setting, says, skipped, write_folder
+from nybble.containers.hf_folder import FLOATS, Folder, float_modules, layers, one_setting, says, skipped, write_folder
 from nybble.containers.integers import WHOLE_ROW, grid_of, halves, nearest, settled, spec_of, tensor_of
+from nybble.containers.spilled import Spilled
 from nybble.containers.words import pack_eights, unpack_eights
 from nybble.errors import UsageError, shown
 from nybble.formats import Format, QTensor, parse_format
@@ -99,7 +100,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
         if candidates(fmt, contents.packed[name][1], "linear") != (str(fmt),):
             raise UsageError(f"{NAME} cannot hold {name} {list(contents.packed[name][1])} in {fmt}: it holds {HOLDS}")
     group = one_setting(NAME, "group size", {name: fmt.granularity for name, fmt in formats.items()})
-    arrays: dict[str, Tagged] = {}
+    arrays = Spilled(path)
     for name in names:
         tensor = contents.read_packed(name)
         module = name.removesuffix(".weight")

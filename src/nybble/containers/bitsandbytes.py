@@ -34,8 +34,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents
-from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, one_setting, says, write_folder
+from nybble.containers.hf_folder import FLOATS, Folder, float_modules, layers, one_setting, says, write_folder
 from nybble.containers.integers import are_halves, check_range, narrowed
+from nybble.containers.spilled import Spilled, Tagged
 from nybble.errors import FileFormatError, NumericError, UsageError, shown
 from nybble.files.json_strict import parse_object
 from nybble.formats import Format, QTensor, parse_format
@@ -299,15 +300,15 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
         if candidates(fmt, contents.packed[name][1], "linear") != (str(fmt),):
             raise UsageError(f"{NAME} cannot hold {name} {list(contents.packed[name][1])} in {fmt}: it holds {HOLDS}")
     kind = one_setting(NAME, "type", {name: fmt.name for name, fmt in formats.items()})
-    arrays: dict[str, Tagged] = {}
+    arrays = Spilled(path)
     inputs: dict[str, Activations | None] = {}
     for name in names:
         tensor = contents.read_packed(name)
         if kind == "int8":
-            arrays |= _eight(name, tensor)
+            arrays.update(_eight(name, tensor))
             inputs[name] = tensor.activations
         else:
-            arrays |= _four(name, tensor, DTYPES[contents.float_tag])
+            arrays.update(_four(name, tensor, DTYPES[contents.float_tag]))
     threshold = THRESHOLD
     if kind == "int8":
         scheme = one_setting(NAME, "scheme for inputs", inputs)

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from nybble.containers.compressed_tensors_schemes import BITS, INT, PACKED, Scheme, read_schemes
 from nybble.containers.contents import Contents
-from nybble.containers.hf_folder import FLOATS, Folder, Tagged, float_modules, layers, says, write_folder
+from nybble.containers.hf_folder import FLOATS, Folder, float_modules, layers, says, write_folder
 from nybble.containers.integers import WHOLE_ROW, grid_of, narrowed, nearest, spec_of, tensor_of
+from nybble.containers.spilled import Spilled, Tagged
 from nybble.containers.words import pack_words, unpack_words, word_count
 from nybble.errors import UsageError, shown
 from nybble.formats import Format, QTensor, parse_format
@@ -240,14 +241,14 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
         fmt = parse_format(contents.packed[name][0])
         if candidates(fmt, contents.packed[name][1], "linear") != (str(fmt),):
             raise UsageError(f"{NAME} cannot hold {name} {list(contents.packed[name][1])} in {fmt}: it holds {HOLDS}")
-    arrays: dict[str, Tagged] = {}
+    arrays = Spilled(path)
     schemes: dict[Scheme, list[str]] = {}
     for name in names:
         tensor = contents.read_packed(name)
         module = name.removesuffix(".weight")
         scheme = _scheme_of(name, tensor)
         schemes.setdefault(scheme, []).append(module)
-        arrays |= {f"{module}.{part}": array for part, array in _stored(tensor, scheme, contents.float_tag).items()}
+        arrays.update({f"{module}.{part}": array for part, array in _stored(tensor, scheme, contents.float_tag).items()})
     kinds = {PACKED if scheme.packed else INT for scheme in schemes}
     settings = {
         "quant_method": NAME,

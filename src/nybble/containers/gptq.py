@@ -31,7 +31,6 @@ from nybble.containers.hf_folder import (
     FLOATS,
     QUANTIZER,
     Folder,
-    Tagged,
     as_json,
     float_modules,
     inside_block,
@@ -42,6 +41,7 @@ from nybble.containers.hf_folder import (
     write_folder,
 )
 from nybble.containers.integers import WHOLE_ROW, grid_of, halves, nearest, settled, spec_of, tensor_of
+from nybble.containers.spilled import Spilled
 from nybble.containers.words import pack_words, unpack_words, word_count
 from nybble.errors import UsageError, shown
 from nybble.formats import Format, QTensor, parse_format
@@ -221,7 +221,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     bits = one_setting(NAME, "number of bits", {name: fmt.bits for name, fmt in formats.items()})
     group = one_setting(NAME, "group size", {name: _group_size(fmt) for name, fmt in formats.items()})
     v1 = options.get("checkpoint_format", "gptq") == "gptq"
-    arrays: dict[str, Tagged] = {}
+    arrays = Spilled(path)
     symmetric = True
     for name in names:
         tensor = contents.read_packed(name)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from nybble.containers.contents import FLOAT_TAGS, Contents, read_extras, widen, write_extras
 from nybble.containers.float import float_matrix, is_transposed
+from nybble.containers.spilled import Spilled
 from nybble.errors import FileFormatError, InputError, UsageError, shown
 from nybble.files.json_strict import parse_object, read_object
 from nybble.files.safetensors import SafetensorsFile
@@ -35,8 +36,6 @@ FLOATS = ("fp32", "fp16", "bf16")
 PROVENANCE = "nybble"
 """Key of the safetensors metadata that holds the provenance as JSON."""
 
-Tagged = tuple[str, NDArray[Any]]
-"""(safetensors dtype tag, array)."""
 _INDEX = re.compile(r"(?:^|\.)\d+\.")
 
 
@@ -233,7 +232,7 @@ def one_setting(container: str, what: str, found: Mapping[str, Any]) -> Any:
 def write_folder(
     path: Path,
     contents: Contents,
-    arrays: dict[str, Tagged],
+    arrays: Spilled,
     settings: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -244,7 +243,7 @@ def write_folder(
             arrays[name] = float_matrix(contents, name)
     for name, (tag, _) in contents.floats.items():
         arrays[name] = tag, contents.read_float(name)
-    ordered = sorted(arrays, key=lambda name: (-arrays[name][1].itemsize, name))
+    ordered = sorted(arrays, key=lambda name: (-arrays.itemsize(name), name))
     metadata = {"format": "pt"}
     if contents.provenance:
         metadata[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)

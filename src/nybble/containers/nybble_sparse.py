@@ -16,11 +16,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from nybble.containers.contents import Contents, read_extras, write_extras
+from nybble.containers.spilled import Spilled
 from nybble.errors import FileFormatError, InputError, shown
 from nybble.files import safetensors
 from nybble.files.json_strict import parse_object
@@ -128,10 +126,9 @@ class _Reader:
 
 def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     """A sparse folder."""
-    tensors = {name: contents.read_packed(name) for name in contents.packed}
-    arrays: dict[str, NDArray[Any]] = {}
-    tags: dict[str, str] = {}
-    for name, tensor in tensors.items():
+    arrays = Spilled(path)
+    for name in contents.packed:
+        tensor = contents.read_packed(name)
         inputs = tensor.activations.stored() if tensor.activations else {}
         stored = dict(tensor.stored())
         dense = _dense(list(stored))
@@ -140,13 +137,14 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
             stored = {KEPT if suffix == dense else suffix: kept if suffix == dense else a for suffix, a in stored.items()}
             stored[MASK] = mask
         for suffix, array in (*stored.items(), *inputs.items()):
-            arrays[f"{name}.{suffix}"] = array
-            if str(tensor.format) == "bf16" and suffix in (KEPT, dense):
-                tags[f"{name}.{suffix}"] = "BF16"
+            bfloat = str(tensor.format) == "bf16" and suffix in (KEPT, dense)
+            arrays[f"{name}.{suffix}"] = "BF16" if bfloat else safetensors.NAMES[array.dtype.name], array
     for name, (tag, _) in contents.floats.items():
-        arrays[name], tags[name] = contents.read_float(name), tag
+        arrays[name] = tag, contents.read_float(name)
     provenance = json.dumps(contents.provenance, sort_keys=True)
-    safetensors.write(path / WEIGHTS, arrays, {"format": "pt", PROVENANCE: provenance}, tags)
+    tags = {name: tag for name, (tag, _) in arrays.items()}
+    items = [(name, array) for name, (_, array) in arrays.items()]
+    safetensors.write(path / WEIGHTS, items, {"format": "pt", PROVENANCE: provenance}, tags)
     config = {**contents.config, "quantization_config": {**config_entry(contents.packed, contents.schemes), "quant_method": NAME}}
     write_extras(path, config, contents.extras)
 

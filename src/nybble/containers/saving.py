@@ -66,10 +66,10 @@ def save(
     module = find_container(container)
     if module.FOLDER:
         with new_folder(target, force, marker=MARKER) as folder:
-            _write(module, folder, contents, options, digests)
+            write_checked(module, folder, contents, options, digests)
             return sum(file.stat().st_size for file in folder.iterdir())
     with new_output(target) as part:
-        _write(module, part, contents, options, digests)
+        write_checked(module, part, contents, options, digests)
         return part.stat().st_size
 
 
@@ -82,7 +82,8 @@ def digest_of(tensor: QTensor) -> str:
     return digest.hexdigest()
 
 
-def _write(module: Any, path: Path, contents: Contents, options: Mapping[str, str], digests: Callable[[str], str]) -> None:
+def write_checked(module: Any, path: Path, contents: Contents, options: Mapping[str, str], digests: Callable[[str], str]) -> None:
+    """Have a container's module write, read that again, and compare; as `save`, in a place that has no name yet."""
     module.write(path, contents, options)
     again: Contents = module.read(path)
     for name, (spec, _) in contents.packed.items():
@@ -105,4 +106,7 @@ def _write(module: Any, path: Path, contents: Contents, options: Mapping[str, st
 
 
 def _differs(path: Path, name: str) -> OutputError:
-    return OutputError(f"{path}: tensor {name} does not read back as it was written; nothing was kept; please report it")
+    return OutputError(
+        f"{path}: tensor {name} does not read back as it was written, so that the output did not get its name; run the command "
+        "again, and report it if that does not help"
+    )
