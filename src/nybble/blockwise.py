@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from nybble.calibrate.blocks import has_blocks
 from nybble.calibrate.importance import check_windows
 from nybble.calibrate.source import SELF
 from nybble.calibrate.windows import CALIBRATION_LENGTH
@@ -127,7 +128,7 @@ def quantize_folder(
 def goes_apart(method: Method) -> bool:
     """Whether a method needs no more than one block of a model at a time."""
     settings = method.settings
-    return settings.blockwise and not settings.tune and not settings.fisher and settings.activations != "static"
+    return settings.walks and not settings.tune and not settings.fisher and settings.activations != "static"
 
 
 def _quantized(
@@ -145,7 +146,7 @@ def _quantized(
     shelved = shelved_model(checkpoint)
     model, shelf = shelved or (empty_model(source), None)
     plan = make_plan(describe(model, checkpoint.float_tag), recipe)
-    if shelf is None or plan.is_cast or not goes_apart(method):
+    if shelf is None or plan.is_cast or not goes_apart(method) or not has_blocks(model):
         length = calibration.window or min(context_length(model), CALIBRATION_LENGTH)
         foresee(model, plan, method, (calibration.windows, length), True)
         return _held(source, recipe, calibration, finished, progress)

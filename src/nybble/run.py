@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
+from nybble.calibrate.blocks import has_blocks
 from nybble.calibrate.histogram import input_histograms
 from nybble.calibrate.importance import check_windows, input_importance
 from nybble.calibrate.self_written import written_windows
@@ -120,8 +121,13 @@ def quantize_by_plan(
     edits: list[Edit] = []
     edited: set[str] = set()
     moved: dict[str, torch.Tensor] = {}
-    if method.settings.blockwise and windows is not None:
-        mine = consume and observe is None and method.settings.edit == "none"  # nobody needs its float weights again
+    importance = None
+    walks = method.settings.walks and windows is not None and not plan.is_cast
+    if windows is not None and walks and not method.settings.blockwise and not has_blocks(model):
+        importance, walks = input_importance(model, windows), False
+    if walks and windows is not None:
+        # nobody needs its float weights again, or they stay
+        mine = (consume and observe is None and method.settings.edit == "none") or not method.settings.blockwise
         float_model = model if mine else copy.deepcopy(model)
         walked = walk(float_model, plan, windows, progress, places, finished)
         packed, accounts, edits, moved = walked.tensors, walked.accounts, walked.edits, walked.moved
@@ -129,9 +135,6 @@ def quantize_by_plan(
         if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
             model, consume = model if consume else copy.deepcopy(model), True
             edited, known = apply_edits(model, edits), sites(model)
-    importance = None
-    if windows is not None and method.settings.scales == "search" and not method.settings.blockwise:
-        importance = input_importance(model, windows, lambda done, n: progress("calibration", done, n) if progress else None)
     pruned = {row.tensor.name for row in rows if prunes(row)}
     for i, (name, fmt) in enumerate(formats.items()):
         weight = float_weight(known[name].modules[0])

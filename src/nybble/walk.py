@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nybble.calibrate.blocks import Blocks
 from nybble.calibrate.fisher import token_weights
+from nybble.calibrate.importance import mean_squares
 from nybble.calibrate.predictions import Predictions
 from nybble.calibrate.states import States, copied
 from nybble.calibrate.statistics import CHUNK, Statistics, Sums
@@ -32,6 +33,7 @@ from nybble.edits import Edit, changed_by, edit_blocks
 from nybble.errors import NumericError
 from nybble.finished import Block, FinishedBlocks
 from nybble.formats import Format, QTensor
+from nybble.methods import Method
 from nybble.methods.steps.bias import moved_bias
 from nybble.methods.steps.choose import Account, choose
 from nybble.methods.steps.latent import FloatLatent, Latent, Sign
@@ -87,6 +89,8 @@ class Walk:
     _inside: set[str] = field(default_factory=set)
     """Weights of linear layers inside the blocks, as the walk comes to them: what may be pruned."""
 
+    _done: set[str] = field(default_factory=set)
+
     def run(self) -> None:
         """Fill `tensors`, `accounts`, `edits`, `moved`. Raises NumericError naming the weight, InputError where a model has no
         blocks."""
@@ -129,8 +133,10 @@ class Walk:
     def _block(self, blocks: Blocks, index: int, present: States, floats: States) -> None:
         """Decide the weights of one block, and bring both streams through it."""
         settings, block = self.settings, blocks.modules[index]
-        inside = {id(module) for module in block.modules()}
-        layers = {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
+        if not settings.blockwise:
+            self._weigh_block(blocks, index, present)
+            return
+        layers = self._layers_of(block)
         known = None if self.finished is None else self.finished.find(index)
         twin = copy.deepcopy(block) if settings.float_stream else None
         if known is not None:
@@ -161,12 +167,45 @@ class Walk:
             self._keep(index, [name for name in layers if name in self.tensors], set(self.moved) - before, edited)
         blocks.advance(index, present, self.workers)
 
+    def _layers_of(self, block: nn.Module) -> dict[str, nn.Module]:
+        inside = {id(module) for module in block.modules()}
+        return {name: layer for name, layer in self.layers.items() if name in self.formats and id(layer) in inside}
+
+    def _weigh_block(self, blocks: Blocks, index: int, states: States) -> None:
+        """Choose scales for the weights of one block by how large the inputs of each column are. What is looked at is the float
+        model, which stays as it is."""
+        layers = self._layers_of(blocks.modules[index])
+        known = None if self.finished is None else self.finished.find(index)
+        if known is not None:
+            self._take(known)
+        count = len(self.windows)
+        for group in blocks.calls(index, states[0], layers) if layers and known is None else ():
+            self._inside |= set(group)
+            with catch_inputs(layers[group[0]]):
+                importance = mean_squares(partial(_look, blocks, index, states, layers[group[0]], None), count, self.workers)
+            for name in group:
+                self._search(name, importance)
+        if known is None:
+            self._keep(index, [name for name in layers if name in self.tensors], ())
+        blocks.advance(index, states, self.workers)
+
+    def _search(self, name: str, importance: NDArray[np.float32] | None) -> None:
+        """Codes of a weight by the search alone."""
+        method = Method("", (), self.settings)
+        weight = float_weight(self.layers[name])
+        try:
+            self.tensors[name] = method.quantize(weight, self.formats[name], importance, prune=name in self._inside)
+        except NumericError as error:
+            raise NumericError(f"{name}: {error}") from error
+        self._done.add(name)
+        self._report(name, len(self._done), len(self.formats))
+
     def _keep(self, index: int, names: Collection[str], moved: Collection[str], edited: Collection[str] = ()) -> None:
         """Have what was decided on disk."""
         if self.finished is None:
             return
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in names}  # in the order they were decided
-        accounts = {name: self.accounts[name] for name in tensors}
+        accounts = {name: self.accounts[name] for name in tensors if name in self.accounts}
         became = {name: self.moved[name].numpy() for name in sorted(moved)}
         edits = {name: self.edited[name].numpy() for name in sorted(edited)}
         self.finished.keep(index, Block(tensors, accounts, became, edits))
@@ -182,30 +221,33 @@ class Walk:
         for name, tensor in block.tensors.items():
             if self.holds:
                 self.tensors[name] = tensor
-            self.accounts[name] = block.accounts[name]
-            put_weight(self.layers[name], tensor.decode())
-            self._report(name, len(self.accounts), len(self.formats))
+            if name in block.accounts:
+                self.accounts[name] = block.accounts[name]
+            if self.settings.blockwise:
+                put_weight(self.layers[name], tensor.decode())
+            self._done.add(name)
+            self._report(name, len(self._done), len(self.formats))
 
     def _others(self, blocks: Blocks, states: States) -> None:
         """Weights outside the blocks, and those in blocks that no window reaches. A linear layer has the statistics of its
         inputs; a table that is only looked up has none: every column counts alike. A head that is also a table: both. `states`
         are what the last block gives."""
-        for number, name in enumerate([name for name in self.formats if name not in self.accounts]):
+        for number, name in enumerate([name for name in self.formats if name not in self._done]):
             known = None if self.finished is None else self.finished.find(len(blocks) + number)
             with self.shelf.out(self.layers[name]):
                 if known is not None:
                     self._take(known)
                 else:
                     before = set(self.moved)
-                    self._decide(name, self._statistics_of_other(name, blocks, states))
+                    self._decide_other(name, blocks, states)
                     self._keep(len(blocks) + number, [name], set(self.moved) - before)
-            if self.finished is not None and not self.holds:
+            if self.finished is not None and not self.holds and self.settings.blockwise:
                 self.shelf.redo(self.layers[name], partial(self._put_again, name, self.finished))
 
     def _put_again(self, name: str, finished: FinishedBlocks) -> None:
         put_weight(self.layers[name], finished.read(name).decode())
 
-    def _statistics_of_other(self, name: str, blocks: Blocks, states: States) -> Statistics:
+    def _decide_other(self, name: str, blocks: Blocks, states: States) -> None:
         layer = self.layers[name]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         alike = torch.eye(weight_view(layer).shape[1], dtype=torch.float64)
@@ -213,24 +255,35 @@ class Walk:
         tied = head is not None and head is not layer and head._parameters["weight"] is layer._parameters["weight"]
         if tied:
             user = head
-        stats = Statistics([alike], None, 0)
         if isinstance(user, nn.Embedding):
-            return stats
+            self._decide_unseen(name, alike)
+            return
         with blocks.skipped(states) as run, torch.no_grad(), catch_inputs(user):
             found = inputs_of(user, lambda: run(0))
             if found is None or len(found) != self.windows.shape[1]:
-                return stats
+                self._decide_unseen(name, alike)
+                return
 
             def inputs(w: int) -> Tensor:
                 found = inputs_of(user, lambda: run(w))
                 assert found is not None
                 return found
 
+            if not self.settings.blockwise:
+                self._search(name, mean_squares(inputs, len(self.windows), self.workers))
+                return
             stats = self._statistics([name], inputs, None)[name]
         if tied:
             moment = stats.moments[0]
             stats = Statistics([(moment + moment.diagonal().mean() * alike) / 2], None, stats.tokens)
-        return stats
+        self._decide(name, stats)
+
+    def _decide_unseen(self, name: str, alike: Tensor) -> None:
+        """Codes of a weight of whose inputs nothing is known."""
+        if self.settings.blockwise:
+            self._decide(name, Statistics([alike], None, 0))
+        else:
+            self._search(name, None)
 
     def _statistics(
         self, group: list[str], inputs: Callable[[int], Tensor], float_inputs: Callable[[int], Tensor] | None
@@ -285,7 +338,8 @@ class Walk:
         if stats.means is not None:
             self._move(name.removesuffix("weight") + "bias", moved_bias(_bias(layer), weight, decoded, stats))
         put_weight(layer, decoded)
-        self._report(name, len(self.accounts), len(self.formats))
+        self._done.add(name)
+        self._report(name, len(self._done), len(self.formats))
 
     def _move(self, name: str, value: Tensor) -> None:
         """Put a value in the place of a bias or a norm's gain."""
@@ -295,8 +349,8 @@ class Walk:
 
     def _tune_block(self, blocks: Blocks, index: int, inputs: States, aims: States) -> None:
         """Tune the weights of one block, so that what it makes of `inputs` comes near what the float block makes of its own."""
-        inside = {id(module) for module in blocks.modules[index].modules()}
-        latents = {name: latent for name, latent in self._latents.items() if id(self.layers[name]) in inside}
+        layers = self._layers_of(blocks.modules[index])
+        latents = {name: latent for name, latent in self._latents.items() if name in layers}
         signed = {name: latent.again(self.tensors[name], Sign) for name, latent in latents.items()}
         stride = 1 / self.settings.block_tune  # half a level in all, as SignRound has it
         pace = Pace(self.settings.block_tune, stride, stride, self.settings.batch, self.settings.seed)

@@ -23,7 +23,7 @@ from nybble.run import quantize
 
 METHODS = [
     *("gptq:bias", "qronos", "gptq:block_tune=2", "awq+gptq", "smoothquant+gptq+dynamic", "sparsegpt", "best:tune=0"),
-    *("gptq:inputs=float", "gptq+llm_int8", "imatrix", "gptq:tune=2", "guided"),
+    *("gptq:inputs=float", "gptq+llm_int8", "imatrix", "imatrix+magnitude", "gptq:tune=2", "guided"),
 ]
 
 

@@ -211,6 +211,14 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return best[1], best[2]
 
 
+def has_blocks(model: nn.Module) -> bool:
+    """Whether `find_blocks` finds any."""
+    try:
+        return bool(find_blocks(model))
+    except InputError:
+        return False
+
+
 def no_cache(model: nn.Module) -> dict[str, Any]:
     """Arguments that keep a model from building a cache of keys and values."""
     return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from nybble.calibrate.watching import watch_inputs
+from nybble.calibrate.workers import Workers
 from nybble.errors import InputError
 from nybble.models.describe import sites
 from nybble.models.loading import context_length
@@ -41,6 +42,20 @@ def input_importance(
     linear = [(n, m) for n, site in sites(model).items() for m in site.modules if not isinstance(m, nn.Embedding)]
     watch_inputs(model, linear, windows, see, progress)
     return {name: (total / counts[name]).float().numpy() for name, total in sums.items()}
+
+
+def mean_squares(inputs: Callable[[int], torch.Tensor], windows: int, workers: Workers) -> NDArray[np.float32]:
+    """float32 [K] of the inputs float32 [T, K] that a function gives for each window: the same sums as `input_importance`."""
+
+    def squares(window: int) -> tuple[torch.Tensor, int]:
+        with torch.no_grad():
+            found = inputs(window)
+            return found.square().sum(0, dtype=torch.float64), len(found)
+
+    total, tokens = torch.zeros(1, dtype=torch.float64), 0
+    for more, count in workers.map(squares, range(windows)):
+        total, tokens = total + more, tokens + count
+    return (total / max(1, tokens)).float().numpy()
 
 
 def check_windows(model: nn.Module, windows: NDArray[Any]) -> None:

@@ -101,6 +101,11 @@ class Settings:
         return self.hessian or self.bias or self.tune > 0 or self.block_tune > 0 or self.edit != "none"
 
     @property
+    def walks(self) -> bool:
+        """Whether calibration is looked at block by block: where it is needed so, and to weigh columns in a search."""
+        return self.blockwise or self.scales == "search"
+
+    @property
     def draws(self) -> bool:
         """Whether `seed` changes anything."""
         return self.fisher > 0 or self.tune > 0 or self.block_tune > 0
