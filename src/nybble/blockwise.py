@@ -40,7 +40,7 @@ from nybble.models.shelf import FileShelf, shelved_model
 from nybble.plan import Plan, PlanRow, Recipe, make_plan
 from nybble.run import done_by, draw_windows, provenance_of, quantize, seeded, walk, windows_of
 from nybble.walk import Walk
-from nybble.walk_forecast import WalkForecast, forecast_walk
+from nybble.walk_forecast import WalkForecast, check_whole, forecast_walk
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,12 @@ def quantize_folder(
         "choice of windows": [calibration.windows, calibration.window, not calibration.packing, calibration.seed],
         **facts_of(open_contents(source)),
     }
-    at_once = not streams(container)
 
     def foresee(model: nn.Module, plan: Plan, method: Method, shape: tuple[int, int], held: bool) -> WalkForecast:
-        reads = open_checkpoint(source).bytes
-        found = forecast_walk(model, plan, method, shape, target, reads, standing, memory, threads, held, at_once)
+        if calibration.texts == SELF:
+            check_whole(model, standing, memory)
+        reads, apart = open_checkpoint(source).bytes, not streams(container)
+        found = forecast_walk(model, plan, method, shape, target, reads, standing, memory, threads, held, apart)
         announce(str(found))
         return found
 
@@ -125,10 +126,12 @@ def quantize_folder(
         raise
 
 
-def goes_apart(method: Method) -> bool:
+def goes_apart(method: Method, plan: Plan) -> bool:
     """Whether a method needs no more than one block of a model at a time."""
     settings = method.settings
-    return settings.walks and not settings.tune and not settings.fisher and settings.activations != "static"
+    bits = [parse_format(row.format or "").bits for row in plan.packed if row.method != "cast"]
+    whole = settings.fisher > 0 or settings.tunes_together(bits) or settings.activations == "static"
+    return settings.walks and not whole and not plan.is_cast
 
 
 def _quantized(
@@ -146,11 +149,14 @@ def _quantized(
     shelved = shelved_model(checkpoint)
     model, shelf = shelved or (empty_model(source), None)
     plan = make_plan(describe(model, checkpoint.float_tag), recipe)
-    if shelf is None or plan.is_cast or not goes_apart(method) or not has_blocks(model):
-        length = calibration.window or min(context_length(model), CALIBRATION_LENGTH)
+    length = calibration.window or min(context_length(model), CALIBRATION_LENGTH)
+    if shelf is None or not goes_apart(method, plan) or not has_blocks(model):
         foresee(model, plan, method, (calibration.windows, length), True)
         return _held(source, recipe, calibration, finished, progress)
-    writer = load_model(source) if calibration.texts == SELF else model
+    writer, expected = model, None
+    if calibration.texts == SELF:
+        expected = foresee(model, plan, method, (calibration.windows, length), False)
+        writer = load_model(source)
     with evaluating(writer):
         windows = draw_windows(
             writer,
@@ -166,7 +172,7 @@ def _quantized(
     del writer
     assert windows is not None, "a method that goes block by block reads calibration text"
     check_windows(model, windows)
-    expected = foresee(model, plan, method, (len(windows), windows.shape[1]), False)
+    expected = expected or foresee(model, plan, method, (len(windows), windows.shape[1]), False)
     provenance = {**provenance_of(plan, source), "calibration": windows_of(windows)}
     scratch = None
     if expected.on_disk:

@@ -101,7 +101,7 @@ class Walk:
                 self.model, self.formats, self.settings, self.windows, self.workers, self._report, self.shelf, self.scratch
             )
         self._tuned = any(self.settings.tunes(fmt.bits) for fmt in self.formats.values())
-        together = self._tuned and self.settings.tune > 0
+        together = self.settings.tunes_together(fmt.bits for fmt in self.formats.values())
         predictions = Predictions(self.model, self.windows, self.workers) if together else None
         self._counts = self._token_weights() if self.settings.fisher else {}
         self._others(*self._blocks())

@@ -83,14 +83,14 @@ def forecast_walk(
     limit: int | None,
     threads: int | None,
     held: bool,
-    written_at_once: bool,
+    put_together: bool,
 ) -> WalkForecast:
     """Choose threads, and where hidden states are kept, so that a calibrated method stays within `limit` bytes of memory, and say
     what it will take.
 
     `model` needs no weights; `windows` are (windows, tokens of one); `standing` is what the process takes before. `held`: the
-    method holds the whole float model; `written_at_once`: the container holds the whole packed one. Raises UsageError, with the
-    figure, where it cannot stay within; OutputError where the disk has no room.
+    method holds the whole float model; `put_together`: the container has its arrays on disk once more before they are written.
+    Raises UsageError, with the figure, where it cannot stay within; OutputError where the disk has no room.
     """
     settings = method.settings
     blocks = find_blocks(model)[1] if has_blocks(model) else [model]
@@ -106,10 +106,11 @@ def forecast_walk(
         ways = [way for way in ways if way[1]]
     if held:
         ways = [way for way in ways if not way[1]]
+    together = settings.tunes_together(parse_format(row.format or "").bits for row in plan.packed if row.method != "cast")
     need = 0
     for count, on_disk in ways:
-        need = _memory(model, blocks, settings, windows[1], width, count, held) + (0 if on_disk else states)
-        need = int(MARGIN * max(need, 2 * plan.bytes if written_at_once else 0))
+        need = _memory(model, blocks, settings, windows[1], width, count, held, together) + (0 if on_disk else states)
+        need = int(MARGIN * need)
         if limit is None or standing + need <= limit:
             break
     else:
@@ -119,10 +120,20 @@ def forecast_walk(
             "shorter windows (--windows, --window), another method, or more memory"
         )
     kept = sum(-(-row.bits // 8) for row in plan.packed)  # the blocks that are finished, beside the output
-    disk = kept + (states if on_disk else 0)
+    disk = kept * (2 if put_together else 1) + (states if on_disk else 0)
     free = check_disk(target, plan.bytes, disk)
     seconds = _seconds(blocks, plan, method, windows, count) if settings.blockwise else None
     return WalkForecast(count, on_disk, standing + need, disk, reads, plan.bytes, free, seconds)
+
+
+def check_whole(model: nn.Module, standing: int, limit: int | None) -> None:
+    """Raise UsageError where a limit of memory does not allow a model to be held in float32, so that it can write text."""
+    need = standing + int(MARGIN * _floats(model))
+    if limit is not None and need > limit:
+        raise UsageError(
+            f"a model that writes its own calibration text takes {size_text(need)} of memory, --memory allows "
+            f"{size_text(limit)}; give a text (--calibrate FILE)"
+        )
 
 
 def _fewer(most: int) -> Iterable[int]:
@@ -149,7 +160,14 @@ def _floats(module: nn.Module) -> int:
 
 
 def _memory(
-    model: nn.Module, blocks: Sequence[nn.Module], settings: Settings, tokens: int, width: int, threads: int, held: bool
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    settings: Settings,
+    tokens: int,
+    width: int,
+    threads: int,
+    held: bool,
+    together: bool,
 ) -> int:
     """Bytes beside hidden states."""
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
@@ -165,7 +183,7 @@ def _memory(
     others = max((8 * each.weights + _choosing(each, settings, threads) for each in rest), default=0)
     if not held:
         return max(outside + activations, block, others)
-    whole = _floats(model) * (6 if settings.tune or settings.fisher else 2)
+    whole = _floats(model) * (6 if together or settings.fisher else 2)
     return whole + max(block, others)
 
 
@@ -202,7 +220,9 @@ def _seconds(blocks: Sequence[nn.Module], plan: Plan, method: Method, windows: t
     weights = sum(matrix.weights for matrix in matrices)
     groups = {(index, matrix.columns): matrix.columns for index, block in enumerate(blocks) for matrix in _matrices(block)}
     products = 2 * tokens * weights * passes + 2 * tokens * sum(k * k for k in groups.values()) * (1 + 2 * (settings.target > 0))
-    tuning = 6 * (settings.block_tune + settings.tune) * settings.batch * windows[1] * weights
+    bits = [parse_format(row.format or "").bits for row in plan.packed if row.method != "cast"]
+    steps = settings.tune * settings.tunes_together(bits) + settings.block_tune * any(map(settings.tunes, bits))
+    tuning = 6 * steps * settings.batch * windows[1] * weights
     packed = [row.tensor.shape for row in plan.packed if row.method != "cast"]
     rounding = sum(rows * columns * (base + slope * columns) for rows, columns in packed)
     factors = sum(k**3 for k in groups.values())

@@ -23,7 +23,7 @@ from nybble.run import quantize
 
 METHODS = [
     *("gptq:bias", "qronos", "gptq:block_tune=2", "awq+gptq", "smoothquant+gptq+dynamic", "sparsegpt", "best:tune=0"),
-    *("gptq:inputs=float", "gptq+llm_int8", "imatrix", "imatrix+magnitude", "gptq:tune=2", "guided"),
+    *("gptq:inputs=float", "best", "gptq+llm_int8", "imatrix", "imatrix+magnitude", "gptq:tune=2", "guided"),
 ]
 
 
@@ -84,6 +84,15 @@ def test_half_precision_is_widened_and_what_stays_float_stays_half(
     made(folder, tmp_path / "out", "gptq")
     check_same(tmp_path / "out", quantize(folder, "int4:g32", "gptq", windows))
     assert {tag for tag, _ in open_contents(tmp_path / "out").floats.values()} == {"BF16" if dtype == torch.bfloat16 else "F16"}
+
+
+def test_a_model_that_writes_its_own_text(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    itself = Calibration("self", 2, 12, True, 5)
+    with pytest.raises(UsageError, match=r"writes its own calibration text takes .* give a text"):
+        quantize_folder(folder, tmp_path / "out", "nybble", Recipe("int4:g32", "gptq"), itself, {}, memory=1_000_000)
+    quantize_folder(folder, tmp_path / "out", "nybble", Recipe("int4:g32", "gptq"), itself, {})
+    check_same(tmp_path / "out", quantize(folder, "int4:g32", "gptq", "self", windows=2, window=12, seed=5))
 
 
 @pytest.mark.parametrize("container", ["gguf", "gptq", "compressed-tensors"])

@@ -125,6 +125,10 @@ class Settings:
         error: a fourth with each bit. Pruned weights are not: a zero would move too."""
         return (self.tune > 0 or self.block_tune > 0) and bits <= self.tune_bits and not self.prunes
 
+    def tunes_together(self, bits: Iterable[int]) -> bool:
+        """Whether weights of so many bits are tuned all at once."""
+        return self.tune > 0 and any(self.tunes(each) for each in bits)
+
     @property
     def float_stream(self) -> bool:
         """Whether the float model's activations are needed."""
