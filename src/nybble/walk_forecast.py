@@ -99,13 +99,9 @@ def forecast_walk(
     states = 4 * windows[0] * windows[1] * width * streams
     most = threads or torch.get_num_threads()
     free_memory = limit - standing if limit is not None else _available()
-    ways = [(n, on_disk) for on_disk in (False, True) for n in _fewer(most)]
-    if states <= max(LEAST_ON_DISK, SHARE * free_memory) or held:
-        ways.sort(key=lambda way: way[1])
-    else:
-        ways = [way for way in ways if way[1]]
-    if held:
-        ways = [way for way in ways if not way[1]]
+    small = states <= max(LEAST_ON_DISK, SHARE * free_memory)
+    places = (False,) if held else (False, True) if small else (True,)
+    ways = [(n, on_disk) for on_disk in places for n in _fewer(most)]
     together = settings.tunes_together(parse_format(row.format or "").bits for row in plan.packed if row.method != "cast")
     need = 0
     for count, on_disk in ways:
