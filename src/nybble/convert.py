@@ -30,6 +30,7 @@ from nybble.containers.streaming import Group, Stream, run_stream
 from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_specs, describe_contents
 from nybble.errors import OutputError, UsageError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job, remove
+from nybble.files.safetensors import forget_pages
 from nybble.finished import Block, FinishedBlocks
 from nybble.forecast import Forecast, forecast
 from nybble.formats import QTensor, parse_format
@@ -212,8 +213,11 @@ def _by_tensors(
             _count(job, work)
             return
         finished = FinishedBlocks(job.folder / BLOCKS, job.journal)
-        whole = [Group(name, result.packed[name][1], partial(_arrays, result, name)) for name in names]
-        apart = [dataclasses.replace(group, by_rows=True) for group in whole if group.name in result.by_rows]
+        whole = [
+            Group(name, shape, partial(_arrays, result, name), by_rows=work.carries(name))  # nothing is made of it
+            for name, (_, shape) in result.packed.items()
+        ]
+        apart = [dataclasses.replace(group, by_rows=True) for group in whole if group.name in {*names} & result.by_rows]
         size = 2 * work.bytes  # what is kept, and the output
         rough, tried = (Stream("", groups, {}, size, lambda _: b"") for groups in (whole, apart))
         expected = forecast(rough, result, work.method, target, pace.threads, pace.memory, work.source.bytes, tried)
@@ -224,12 +228,14 @@ def _by_tensors(
             if name not in finished:
                 finished.keep(index, block)
             work.add(name, _cost(block.note))
+            forget_pages()
             pace.report(done + 1, len(names))
         if finished.damaged:
             pace.announce(f"{finished.damaged} tensors in {job.folder} were not what had been written; they were made again")
         provenance = dict(result.provenance)
         if provenance.get("source_blake3") == PLACEHOLDER:
             provenance["source_blake3"] = open_checkpoint(work.source.path).digest()
+            forget_pages()
         work.parts = None  # what is not kept is made, and measured, as it is written
 
         def read(name: str) -> QTensor:

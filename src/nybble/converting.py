@@ -36,6 +36,8 @@ Cost = tuple[bool, float, float]
 """(whether the values are the same, squared error, squares of what was there)."""
 NO_COST: Cost = (True, 0.0, 0.0)
 KINDS = {"token table": "embedding", "position table": "positions", "head": "head"}
+SLAB_WEIGHTS = 1 << 20
+"""Of a tensor that is carried over: as many are looked at together."""
 SAME = 1e-5
 """Squared error, as a share, below which a format counts as another one with its scales rounded: half of a half's last place."""
 
@@ -244,6 +246,21 @@ class Work:
         values = widen(self.source.floats[name][0], self.source_rows(name, rows), name)
         return np.ascontiguousarray(values.T) if is_transposed(self.source.config, name) else values
 
+    def carries(self, name: str) -> bool:
+        """Whether a matrix is a float of the source, and is written in the type that it has."""
+        given = self.source.floats.get(name)
+        return given is not None and name not in self.pruned and self.specs[name] == _spec_of(given[0])
+
+    def _carried(self, name: str, fmt: Format, rows: slice | None) -> QTensor:
+        """A float matrix, or some rows, in the type that it has: no value is touched, all are looked at."""
+        values = self.source_rows(name, rows)
+        step = max(1, SLAB_WEIGHTS // max(1, values.shape[1]))
+        for start in range(0, len(values), step):
+            part = widen(self.source.floats[name][0], values[start : start + step], name)
+            self._check_finite(name, part, start + (rows.start if rows else 0))
+        lying = np.ascontiguousarray(values.T if is_transposed(self.source.config, name) else values)
+        return QTensor(fmt, *fmt.from_storage({"values": lying}, (lying.shape[0], lying.shape[1])))
+
     def _straight(self, name: str, fmt: Format, rows: slice | None) -> QTensor | None:
         """A float matrix, or some rows, rounded to nearest without being widened first; None where that is no way."""
         settings = self.method.settings
@@ -273,13 +290,15 @@ class Work:
             done = None if made is given else compare(given.decode(), made)
         else:
             weight = None
-            rounded = None if self.measures else self._straight(name, asked, rows)
+            if self.carries(name):
+                rounded: QTensor | None = self._carried(name, fmt, rows)
+            else:
+                rounded = None if self.measures else self._straight(name, asked, rows)
             if rounded is None:
                 weight = self._weight(name, rows)
                 rounded = self._round(name, weight, fmt if fmt.is_cast else asked, rows)
             made = self._settled(rounded if fmt.is_cast else recast(rounded, fmt).tensor)
-            same = spec == _spec_of(self.source.floats[name][0]) and name not in self.pruned
-            done = None if same or weight is None or not self.measures else compare(weight, made)
+            done = None if weight is None or not self.measures else compare(weight, made)
         made = self.with_scheme(name, made)
         self._note(name, done, rows)
         if self.parts is None:
@@ -310,13 +329,13 @@ class Work:
         self._note(name, done, rows)
         return values
 
-    def _check_finite(self, name: str, values: NDArray[np.float32]) -> None:
+    def _check_finite(self, name: str, values: NDArray[np.float32], row: int = 0) -> None:
         bad = ~np.isfinite(values)
         if bad.any():
             first = tuple(int(i) for i in np.argwhere(bad)[0])
             raise NumericError(
                 f"{name}: {int(bad.sum())} of {values.size} values are not finite, the first is {float(values[first])} at "
-                f"{list(first)}; repair the checkpoint or get it again"
+                f"{[first[0] + row, *first[1:]]}; repair the checkpoint or get it again"
             )
 
     def _note(self, name: str, done: Recast | None, rows: slice | None) -> None:

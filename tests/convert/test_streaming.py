@@ -359,3 +359,18 @@ def test_arrays_on_disk_are_what_was_put(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(OutputError, match="nowhere"):
         Spilled(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("container", ["float", "compressed-tensors"])
+def test_what_is_carried_over_is_looked_at(container: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr("nybble.converting.SLAB_WEIGHTS", 128)  # two rows at a time
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[41, 7] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    to, keep = ("fp32", []) if container == "float" else ("int4:g32", ["model.embed_tokens", "lm_head"])
+    with pytest.raises(NumericError, match=r"model\.embed_tokens\.weight: 1 of .* the first is inf at \[41, 7\]"):
+        convert(tmp_path / "model", tmp_path / "out", container, to, keep=keep)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

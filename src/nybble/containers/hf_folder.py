@@ -21,8 +21,7 @@ from nybble.containers.float import float_matrix, is_transposed
 from nybble.containers.spilled import Spilled
 from nybble.errors import FileFormatError, InputError, UsageError, shown
 from nybble.files.json_strict import parse_object, read_object
-from nybble.files.safetensors import SafetensorsFile
-from nybble.files.safetensors import write as write_safetensors
+from nybble.files.safetensors import SafetensorsFile, forget_pages
 from nybble.files.safetensors_header import Entry
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations
@@ -241,14 +240,14 @@ def write_folder(
     for name, (spec, _) in contents.packed.items():
         if parse_format(spec).is_cast:
             arrays[name] = float_matrix(contents, name)
+            forget_pages()
     for name, (tag, _) in contents.floats.items():
         arrays[name] = tag, contents.read_float(name)
-    ordered = sorted(arrays, key=lambda name: (-arrays.itemsize(name), name))
+        forget_pages()
     metadata = {"format": "pt"}
     if contents.provenance:
         metadata[PROVENANCE] = json.dumps(contents.provenance, sort_keys=True)
-    tags = {name: tag for name, (tag, _) in arrays.items()}
-    write_safetensors(path / WEIGHTS, [(name, arrays[name][1]) for name in ordered], metadata, tags)
+    arrays.write(path / WEIGHTS, metadata)
     config = {**contents.config, "quantization_config": dict(settings)}
     write_extras(path, config, {**contents.extras, **(files or {})})
 

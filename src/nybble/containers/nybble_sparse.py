@@ -142,9 +142,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     for name, (tag, _) in contents.floats.items():
         arrays[name] = tag, contents.read_float(name)
     provenance = json.dumps(contents.provenance, sort_keys=True)
-    tags = {name: tag for name, (tag, _) in arrays.items()}
-    items = [(name, array) for name, (_, array) in arrays.items()]
-    safetensors.write(path / WEIGHTS, items, {"format": "pt", PROVENANCE: provenance}, tags)
+    arrays.write(path / WEIGHTS, {"format": "pt", PROVENANCE: provenance})
     config = {**contents.config, "quantization_config": {**config_entry(contents.packed, contents.schemes), "quant_method": NAME}}
     write_extras(path, config, contents.extras)
 

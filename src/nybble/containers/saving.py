@@ -16,6 +16,7 @@ from nybble.containers.float import float_tensor
 from nybble.errors import OutputError, UsageError, unknown_name
 from nybble.files.folder import check_output
 from nybble.files.job import is_published, new_folder, new_output, sweep
+from nybble.files.safetensors import forget_pages
 from nybble.formats import QTensor
 
 MARKER = "config.json"
@@ -93,6 +94,7 @@ def write_checked(module: Any, path: Path, contents: Contents, options: Mapping[
             same = name in again.floats and digest_of(float_tensor(again, name, spec)) == digests(name)
         if not same:
             raise _differs(path, name)
+        forget_pages()
     for name, (tag, _) in contents.floats.items():
         if name not in again.floats:
             raise _differs(path, name)
@@ -103,6 +105,7 @@ def write_checked(module: Any, path: Path, contents: Contents, options: Mapping[
             same = np.array_equal(widen(tag, before, name), again.float32(name))
         if not same:
             raise _differs(path, name)
+        forget_pages()
 
 
 def _differs(path: Path, name: str) -> OutputError:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import OutputError
+from nybble.files.safetensors import layout
 
 Tagged = tuple[str, NDArray[Any]]
 """(safetensors dtype tag, array)."""
@@ -27,7 +27,6 @@ class Spilled(MutableMapping[str, Tagged]):
         """The file lies in a folder. Raises OutputError where it cannot, there and when arrays are put."""
         self._folder, self._size = folder, 0
         self._places: dict[str, tuple[str, np.dtype[Any], tuple[int, ...], int]] = {}
-        self._map: mmap.mmap | None = None
         try:
             self._file, name = tempfile.mkstemp(dir=folder)
             weakref.finalize(self, os.close, self._file)
@@ -45,16 +44,18 @@ class Spilled(MutableMapping[str, Tagged]):
                 done += os.pwrite(self._file, data[done:], start + done)
         except OSError as error:
             raise self._failed(error) from error
-        self._places[name], self._size, self._map = (tag, whole.dtype, array.shape, start), start + data.nbytes, None
+        self._places[name], self._size = (tag, whole.dtype, array.shape, start), start + data.nbytes
 
     def __getitem__(self, name: str) -> Tagged:
         tag, dtype, shape, start = self._places[name]
-        count = int(np.prod(shape, dtype=np.int64))
-        if not count:
-            return tag, np.empty(shape, dtype)
-        if self._map is None:
-            self._map = mmap.mmap(self._file, self._size, access=mmap.ACCESS_READ)
-        return tag, np.frombuffer(self._map, dtype, count, start).reshape(shape)
+        array = np.empty(shape, dtype)
+        data, done = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b""), 0
+        while done < data.nbytes:
+            count = os.preadv(self._file, [data[done:]], start + done)
+            if not count:
+                raise OutputError(f"what was written of {name} in {self._folder} is gone; the disk may be failing")
+            done += count
+        return tag, array
 
     def __delitem__(self, name: str) -> None:
         del self._places[name]
@@ -65,9 +66,26 @@ class Spilled(MutableMapping[str, Tagged]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def itemsize(self, name: str) -> int:
-        """Bytes of one value."""
-        return self._places[name][1].itemsize
+    def described(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (tag, shape), those of wide values first, so that every tensor of a file is aligned to its type."""
+        order = sorted(self._places, key=lambda name: (-self._places[name][1].itemsize, name))
+        return {name: (self._places[name][0], self._places[name][2]) for name in order}
+
+    def write(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """All arrays as a safetensors file, one in memory at a time. Raises OutputError."""
+        entries = self.described()
+        head, places = layout(entries, metadata)
+        try:
+            with open(path, "wb") as out:
+                out.write(head)
+                for name in entries:
+                    little = self[name][1]
+                    out.write(little.astype(little.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
+                out.flush()
+                os.fsync(out.fileno())
+        except OSError as error:
+            size = len(head) + sum(length for _, length in places.values())
+            raise OutputError(f"cannot write {path} ({size:,} bytes): {error.strerror or error}") from error
 
     def _failed(self, error: OSError) -> OutputError:
         return OutputError(f"cannot write in {self._folder} ({self._size:,} bytes so far): {error.strerror or error}")

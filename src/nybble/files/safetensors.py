@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,12 @@ from nybble.files.folder import file_mode
 from nybble.files.opening import open_file
 from nybble.files.safetensors_header import ALIGNMENT, DTYPES, MAX_HEADER_BYTES, Entry, broken, read_header
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "NAMES", "Entry", "SafetensorsFile", "file_sha256", "layout", "write"]
+__all__ = ["DTYPES", "MAX_HEADER_BYTES", "NAMES", "Entry", "SafetensorsFile", "file_sha256", "forget_pages", "layout", "write"]
 
 NAMES = {name: tag for tag, name in reversed(DTYPES.items()) if tag not in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")}
+
+
+_open: WeakSet[SafetensorsFile] = WeakSet()
 
 
 class SafetensorsFile:
@@ -46,6 +50,7 @@ class SafetensorsFile:
             self._identity = _identity(status)
             self.metadata, self.entries, self._data_start = _read_header(self.path, file, status.st_size)
         self._map: mmap.mmap | None = None
+        _open.add(self)
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as a read-only view of the mapped file; copy it to keep it longer than this object.
@@ -72,6 +77,15 @@ class SafetensorsFile:
     def sha256(self) -> str:
         """SHA-256 of the whole file."""
         return file_sha256(self.path)
+
+
+def forget_pages() -> None:
+    """Let go of the pages of all files that are open: they count as this process's memory once they were read, and come back by
+    themselves when they are read again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for file in list(_open):
+            if file._map is not None:
+                file._map.madvise(mmap.MADV_DONTNEED)
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nybble.errors import FileFormatError, InputError, OutputError, shown
 from nybble.files.json_strict import MAX_BYTES, parse_object, read_object
 from nybble.files.opening import read_bytes
-from nybble.files.safetensors import SafetensorsFile
+from nybble.files.safetensors import SafetensorsFile, forget_pages
 from nybble.models.config_check import check_config
 
 INDEX = "model.safetensors.index.json"
@@ -69,6 +69,7 @@ class Checkpoint:
         for file in map(SafetensorsFile, self.files):
             for name, entry in file.entries.items():
                 found[name] = entry.dtype, entry.shape, row_digests(file.read(name))
+                forget_pages()
         return tensors_digest(self.folder, found)
 
 
