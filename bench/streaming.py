@@ -26,9 +26,8 @@ from statistics import median
 
 import numpy as np
 
-from nybble.containers.contents import widen
 from nybble.containers.streaming import ROWS_WEIGHTS
-from nybble.files.safetensors import layout
+from nybble.files.safetensors import layout, widen
 from nybble.formats import parse_format
 from nybble.methods import parse_method
 

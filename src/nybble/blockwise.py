@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nybble.calibrate.blocks import has_blocks
 from nybble.calibrate.importance import check_windows
 from nybble.calibrate.source import SELF
 from nybble.calibrate.windows import CALIBRATION_LENGTH
 from nybble.containers import Contents, open_contents
 from nybble.convert import Conversion, convert, facts_of, streams
 from nybble.converting import Progress
-from nybble.errors import NumericError, OutputError
+from nybble.errors import BlocksError, NumericError, OutputError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job
 from nybble.finished import FinishedBlocks
 from nybble.forecast import resident
@@ -50,9 +49,13 @@ class Calibration:
     texts: str | Sequence[str]
     """Texts, or "self": the model writes them."""
     windows: int
+    """At most so many."""
     window: int | None
+    """Tokens of one; None: the model's context, at most 2048."""
     packing: bool
+    """Texts are joined; else each window lies in one of them."""
     seed: int
+    """Of which windows are drawn, and of what a method draws."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def _quantized(
     model, shelf = shelved or (empty_model(source), None)
     plan = make_plan(describe(model, checkpoint.float_tag), recipe)
     length = calibration.window or min(context_length(model), CALIBRATION_LENGTH)
-    if shelf is None or not goes_apart(method, plan) or not has_blocks(model):
+    if shelf is None or not goes_apart(method, plan):
         foresee(model, plan, method, (calibration.windows, length), True)
         return _held(source, recipe, calibration, finished, progress)
     writer, expected = model, None
@@ -178,7 +181,12 @@ def _quantized(
     if expected.on_disk:
         scratch = job.folder / BLOCKS
         scratch.mkdir(exist_ok=True)
-    walked = walk(model, plan, windows, progress, None, finished, shelf, scratch, expected.threads)
+    try:
+        walked = walk(model, plan, windows, progress, None, finished, shelf, scratch, expected.threads)
+    except BlocksError:
+        if method.settings.blockwise:
+            raise
+        return _held(source, recipe, calibration, finished, progress)
     provenance |= done_by(walked)
     return _contents(open_contents(source), plan, method, shelf, finished, walked, provenance), walked.accounts
 

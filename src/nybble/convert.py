@@ -11,9 +11,7 @@ import dataclasses
 import os
 import platform
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +24,7 @@ import numpy as np
 from nybble.containers import find_container, open_contents
 from nybble.containers.contents import Contents
 from nybble.containers.saving import check_room, check_target, container_of, digest_of, save, write_checked
-from nybble.containers.streaming import Group, Stream, run_stream
+from nybble.containers.streaming import Group, Stream, made_ahead, run_stream
 from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_specs, describe_contents
 from nybble.errors import OutputError, UsageError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job, remove
@@ -217,19 +215,28 @@ def _by_tensors(
             Group(name, shape, partial(_arrays, result, name), by_rows=work.carries(name))  # nothing is made of it
             for name, (_, shape) in result.packed.items()
         ]
-        apart = [dataclasses.replace(group, by_rows=True) for group in whole if group.name in {*names} & result.by_rows]
+        rounded = result.by_rows.intersection(names)
+        apart = [dataclasses.replace(group, by_rows=True) for group in whole if group.name in rounded]
         size = 2 * work.bytes  # what is kept, and the output
         rough, tried = (Stream("", groups, {}, size, lambda _: b"") for groups in (whole, apart))
         expected = forecast(rough, result, work.method, target, pace.threads, pace.memory, work.source.bytes, tried)
         pace.announce(str(expected))
         if job.begun:
             pace.announce(f"going on with what is in {job.folder}")
-        for done, (index, name, block) in enumerate(_made(names, work, result, finished, expected.threads)):
+
+        def make(name: str) -> Block:
+            assert work.parts is not None
+            tensor = result.read_packed(name)
+            return Block({name: tensor}, note=work.parts.pop((name, 0))[0])
+
+        jobs = ((index, finished.find(index) or partial(make, name)) for index, name in enumerate(names))
+        for index, block in made_ahead(jobs, expected.threads):
+            name = names[index]
             if name not in finished:
                 finished.keep(index, block)
             work.add(name, _cost(block.note))
             forget_pages()
-            pace.report(done + 1, len(names))
+            pace.report(index + 1, len(names))
         if finished.damaged:
             pace.announce(f"{finished.damaged} tensors in {job.folder} were not what had been written; they were made again")
         provenance = dict(result.provenance)
@@ -251,36 +258,6 @@ def _by_tensors(
         written = dataclasses.replace(result, read_packed=read, provenance=provenance)
         write_checked(work.module, job.place, written, options, work.digests.__getitem__)
         job.publish()
-
-
-def _made(
-    names: Sequence[str], work: Work, result: Contents, finished: FinishedBlocks, threads: int
-) -> Iterator[tuple[int, str, Block]]:
-    """(index, name, what was found or made of it), in order; a few are made ahead, in threads."""
-
-    def make(name: str) -> Block:
-        tensor = result.read_packed(name)
-        assert work.parts is not None
-        return Block({name: tensor}, note=work.parts.pop((name, 0))[0])
-
-    waiting: deque[tuple[int, str, Block | Future[Block]]] = deque()
-
-    def first() -> tuple[int, str, Block]:
-        index, name, block = waiting.popleft()
-        return index, name, block.result() if isinstance(block, Future) else block
-
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for index, name in enumerate(names):
-                waiting.append((index, name, finished.find(index) or pool.submit(make, name)))
-                if len(waiting) > threads:
-                    yield first()
-            while waiting:
-                yield first()
-        finally:
-            for *_, block in waiting:
-                if isinstance(block, Future):
-                    block.cancel()
 
 
 def _arrays(result: Contents, name: str, rows: slice | None) -> Mapping[str, Any]:

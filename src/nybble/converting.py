@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.containers.contents import FLOAT_TAGS, Contents, widen
+from nybble.containers.contents import Contents
 from nybble.containers.float import is_transposed
 from nybble.containers.saving import digest_of
 from nybble.errors import NumericError, UsageError
+from nybble.files.safetensors import FLOAT_TAGS, widen
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.activations import Activations
 from nybble.formats.recast import Recast, compare, recast

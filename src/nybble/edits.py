@@ -73,7 +73,7 @@ def edit_blocks(
     `formats` are those of the weights that will be rounded, by name; `windows` are token ids [windows, tokens]; `shelf` and
     `scratch` are as of `Blocks`: a block that is taken off a shelf again is edited again. A place is
     left alone where the scale would not cancel, where nothing that reads it is rounded, and where the block would compute
-    something else. Raises InputError where the model has no blocks, NumericError that names the matrices.
+    something else. Raises BlocksError where the model is no row of blocks, NumericError that names the matrices.
     """
     config = getattr(model, "config", None)
     table = table_for(getattr(config, "model_type", ""))

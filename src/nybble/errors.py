@@ -42,6 +42,10 @@ class NumericError(NybbleError, ValueError):
     """Weights or parameters that are not finite or do not fit their storage type."""
 
 
+class BlocksError(InputError):
+    """A model is no row of blocks that run once each, in order."""
+
+
 class OutputError(NybbleError, OSError):
     """The result cannot be written where it was asked for."""
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel
 
-from nybble.calibrate.blocks import has_blocks
 from nybble.calibrate.histogram import input_histograms
 from nybble.calibrate.importance import check_windows, input_importance
 from nybble.calibrate.self_written import written_windows
@@ -25,7 +24,7 @@ from nybble.calibrate.source import SELF
 from nybble.calibrate.windows import CALIBRATION_WINDOWS
 from nybble.calibrate.workers import Workers
 from nybble.edits import Edit, apply_edits, summary
-from nybble.errors import InputError, NumericError
+from nybble.errors import BlocksError, InputError, NumericError
 from nybble.finished import FinishedBlocks
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations
@@ -121,17 +120,19 @@ def quantize_by_plan(
     edits: list[Edit] = []
     edited: set[str] = set()
     moved: dict[str, torch.Tensor] = {}
-    importance = None
-    walks = method.settings.walks and windows is not None and not plan.is_cast
-    if windows is not None and walks and not method.settings.blockwise and not has_blocks(model):
-        importance, walks = input_importance(model, windows), False
-    if walks and windows is not None:
+    importance: dict[str, NDArray[np.float32]] = {}
+    if windows is not None and method.settings.walks and not plan.is_cast:
         # nobody needs its float weights again, or they stay
         mine = (consume and observe is None and method.settings.edit == "none") or not method.settings.blockwise
         float_model = model if mine else copy.deepcopy(model)
-        walked = walk(float_model, plan, windows, progress, places, finished)
-        packed, accounts, edits, moved = walked.tensors, walked.accounts, walked.edits, walked.moved
-        provenance |= done_by(walked)
+        try:
+            walked = walk(float_model, plan, windows, progress, places, finished)
+            packed, accounts, edits, moved = walked.tensors, walked.accounts, walked.edits, walked.moved
+            provenance |= done_by(walked)
+        except BlocksError:
+            if method.settings.blockwise:
+                raise
+            importance = input_importance(model, windows)
         if any(edit.scale is not None for edit in edits):  # what follows is about the edited float model
             model, consume = model if consume else copy.deepcopy(model), True
             edited, known = apply_edits(model, edits), sites(model)
@@ -140,7 +141,7 @@ def quantize_by_plan(
         weight = float_weight(known[name].modules[0])
         if name not in packed:
             try:
-                packed[name] = method.quantize(weight, fmt, (importance or {}).get(name), prune=name in pruned)
+                packed[name] = method.quantize(weight, fmt, importance.get(name), prune=name in pruned)
             except NumericError as error:
                 raise NumericError(f"{name}: {error}") from error
         if observe:

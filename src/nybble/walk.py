@@ -90,11 +90,12 @@ class Walk:
     """Weights of linear layers inside the blocks, as the walk comes to them: what may be pruned."""
 
     _done: set[str] = field(default_factory=set)
+    """Weights that are decided."""
 
     def run(self) -> None:
-        """Fill `tensors`, `accounts`, `edits`, `moved`. Raises NumericError naming the weight, InputError where a model has no
-        blocks."""
-        for parameter in self.model.parameters():
+        """Fill `tensors`, `accounts`, `edits`, `moved`. Raises NumericError naming the weight, BlocksError where a model is no
+        row of blocks."""
+        for parameter in self.model.parameters() if self.settings.blockwise else ():  # else it may be somebody's, and stays
             parameter.requires_grad_(False)
         if self.settings.edit != "none":  # from here on the edited float model is the float model
             self.edits = edit_blocks(

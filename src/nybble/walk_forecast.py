@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from nybble.calibrate.blocks import find_blocks, has_blocks
+from nybble.calibrate.blocks import find_blocks
 from nybble.calibrate.statistics import Statistics
 from nybble.calibrate.workers import Workers
-from nybble.errors import UsageError
+from nybble.errors import BlocksError, UsageError
 from nybble.forecast import check_disk, said, size_text
 from nybble.formats import parse_format
 from nybble.methods import Method
@@ -93,7 +93,10 @@ def forecast_walk(
     Raises UsageError, with the figure, where it cannot stay within; OutputError where the disk has no room.
     """
     settings = method.settings
-    blocks = find_blocks(model)[1] if has_blocks(model) else [model]
+    try:
+        _, blocks = find_blocks(model)
+    except BlocksError:  # it is worked on as a whole
+        blocks = [model]
     width = int(getattr(model.config.get_text_config(), "hidden_size", 0))  # type: ignore[union-attr, operator]
     streams = 2 if settings.float_stream else 1
     states = 4 * windows[0] * windows[1] * width * streams

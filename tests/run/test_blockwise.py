@@ -9,16 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import nybble
 from nybble import walk_forecast
 from nybble.blockwise import Calibration, Made, quantize_folder
+from nybble.calibrate.importance import input_importance
+from nybble.calibrate.states import FileStates
 from nybble.containers import open_contents
 from nybble.convert import convert
-from nybble.errors import NumericError, UsageError
+from nybble.errors import BlocksError, NumericError, UsageError
 from nybble.finished import FinishedBlocks
+from nybble.formats import parse_format
+from nybble.methods import parse_method
+from nybble.models.loading import load_model
 from nybble.models.shelf import FileShelf
 from nybble.plan import Recipe
+from nybble.quantized import float_weights
 from nybble.run import quantize
 
 METHODS = [
@@ -114,12 +121,16 @@ def test_hidden_states_on_disk_change_nothing(
     tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tiny("llama"), tmp_path / "model")
+    files: list[str] = []
+    real = FileStates.__init__
+    monkeypatch.setattr(FileStates, "__init__", lambda self, *rest: (files.append(place), real(self, *rest))[1])
     for place, least in (("memory", 1 << 40), ("disk", 0)):
         monkeypatch.setattr(walk_forecast, "LEAST_ON_DISK", least)
         monkeypatch.setattr(walk_forecast, "SHARE", 0)
         said: list[str] = []
         made(folder, tmp_path / place, "best:tune=0", announce=said.append)
         assert len(said) == 1
+    assert files == ["disk", "disk"], "of the model as quantized so far, and of the float model"
     first, second = ((tmp_path / place / "model.safetensors").read_bytes() for place in ("memory", "disk"))
     assert first == second
 
@@ -187,3 +198,33 @@ def test_a_weight_that_is_not_finite_is_named(tiny: Callable[..., Any], windows:
     with pytest.raises(NumericError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* not finite.*\[3, 5\]"):
         made(folder, tmp_path / "out", "gptq")
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_run_again_are_refused_or_weighed_as_a_whole(windows: Any, tmp_path: Path) -> None:
+    shape = transformers.AlbertConfig(
+        vocab_size=97, hidden_size=48, embedding_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = transformers.AlbertForMaskedLM(shape).eval()  # one block, run twice
+    folder = saved(model, tmp_path / "model")
+    with pytest.raises(BlocksError, match="do not run once each"):
+        made(folder, tmp_path / "out", "gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    made(folder, tmp_path / "out", "imatrix")
+    check_same(tmp_path / "out", quantize(folder, "int4:g32", "imatrix", windows))
+    name = next(name for name in nybble.load(tmp_path / "out").tensors if "ffn.weight" in name)
+    importance = input_importance(load_model(folder), windows)[name]
+    plain = parse_method("imatrix").quantize(dict(float_weights(load_model(folder)))[name], parse_format("int4:g32"), importance)
+    assert np.array_equal(nybble.load(tmp_path / "out").tensors[name].codes, plain.codes)
+
+
+def test_a_model_in_memory_is_left_as_it_is(tiny: Callable[..., Any], windows: Any) -> None:
+    model = tiny("llama")
+    block = model.model.layers[1]
+    own = block.forward
+    block.forward = lambda *args, **kwargs: own(*args, **kwargs)  # as libraries that move models do
+    mine = block.__dict__["forward"]
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    for method in ("imatrix", "gptq"):
+        quantize(model, "int4:g32", method, windows)
+        assert block.__dict__["forward"] is mine
+        assert all(value.requires_grad and torch.equal(value, before[name]) for name, value in model.named_parameters())

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from nybble.calibrate.states import States, new_states
 from nybble.calibrate.watching import Stop, inputs_of
 from nybble.calibrate.workers import Workers
-from nybble.errors import InputError
+from nybble.errors import BlocksError
 from nybble.models.packed import replaceable
 from nybble.models.shelf import Shelf
 
 
 class Blocks:
-    """The repeated blocks of a model and the hidden states that enter the first of them."""
+    """The repeated blocks of a model and the hidden states that enter the first of them. Making it raises BlocksError for a model
+    that is no row of blocks."""
 
     def __init__(
         self, model: nn.Module, windows: NDArray[np.integer[Any]], shelf: Shelf | None = None, folder: Path | None = None
@@ -74,11 +75,15 @@ class Blocks:
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             taken.close()
             self._rests.append(output[1:] if isinstance(output, tuple) else None)
-            if module is self.modules[-1]:
-                raise Stop
 
+        def stop(*_: Any) -> None:
+            raise Stop
+
+        head = self._head()
         hooks = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in self.modules]
         hooks += [module.register_forward_hook(after) for module in self.modules]
+        if head is not None:  # all that is before it runs: a block might run again
+            hooks.append(head.register_forward_pre_hook(stop))
         try:
             with torch.no_grad(), self.around(), suppress(Stop):
                 self._forward(0)
@@ -87,17 +92,21 @@ class Blocks:
             for hook in hooks:
                 hook.remove()
         if len(self._arguments) != len(self.modules):
-            raise InputError(f"the blocks {self.prefix} of this {type(self._model).__name__} do not run once each, in order")
+            raise BlocksError(f"the blocks {self.prefix} of this {type(self._model).__name__} do not run once each, in order")
         return hidden[0]
 
     def _forward(self, window: int) -> Any:
         ids = torch.from_numpy(self._windows[window : window + 1].astype(np.int64))
         return self._model(ids, **no_cache(self._model))
 
+    def _head(self) -> nn.Module | None:
+        head: nn.Module | None = getattr(self._model, "get_output_embeddings", lambda: None)()
+        return head
+
     @contextmanager
     def around(self) -> Iterator[None]:
         """Within it all that is not in the blocks has its weights, but for a head of its own."""
-        head, table = (getattr(self._model, f"get_{side}_embeddings", lambda: None)() for side in ("output", "input"))
+        head, table = self._head(), getattr(self._model, "get_input_embeddings", lambda: None)()
         but = list(self.modules)
         if head is not None and (table is None or head._parameters.get("weight") is not table._parameters.get("weight")):
             but.append(head)
@@ -124,14 +133,17 @@ class Blocks:
             here.window = window
             return self._forward(window)
 
+        own = [module.__dict__.get("forward") for module in self.modules]  # what somebody put in the place of the class's
         for index, module in enumerate(self.modules):
             module.forward = stub(index)
         try:
             with self.around():
                 yield run
         finally:
-            for module in self.modules:
+            for module, before in zip(self.modules, own, strict=True):
                 del module.forward
+                if before is not None:
+                    module.forward = before
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -207,16 +219,8 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
             if weights > best[0]:
                 best = (weights, path, list(module))
     if not best[2]:
-        raise InputError(f"this {type(model).__name__} has no list of blocks with linear layers to calibrate")
+        raise BlocksError(f"this {type(model).__name__} has no list of blocks with linear layers to calibrate")
     return best[1], best[2]
-
-
-def has_blocks(model: nn.Module) -> bool:
-    """Whether `find_blocks` finds any."""
-    try:
-        return bool(find_blocks(model))
-    except InputError:
-        return False
 
 
 def no_cache(model: nn.Module) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nybble.errors import OutputError
+from nybble.files.unnamed import UnnamedFile
 
 
 class States(Protocol):
@@ -30,20 +27,14 @@ class States(Protocol):
 
 
 class FileStates:
-    """Hidden states in a file without a name: it goes when nobody has it any more, however that comes."""
+    """Hidden states in a file without a name."""
 
     def __init__(self, folder: Path, count: int, like: Tensor) -> None:
-        """`count` tensors like one. Raises OutputError where the folder has no room."""
-        self._folder, self._count, self._shape, self._dtype = folder, count, like.shape, like.dtype
+        """`count` tensors like one. Raises OutputError where the folder has no room, then and when one is put."""
+        self._count, self._shape, self._dtype = count, like.shape, like.dtype
         self._bytes = like.numel() * like.element_size()
-        try:
-            self._file, name = tempfile.mkstemp(dir=folder)
-            weakref.finalize(self, os.close, self._file)
-            os.unlink(name)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file, 0, count * self._bytes)
-        except OSError as error:
-            raise self._failed(error) from error
+        advice = "make room, or give fewer or shorter windows"
+        self._file = UnnamedFile(folder, "hidden states", count * self._bytes, advice)
 
     def __len__(self) -> int:
         return self._count
@@ -53,36 +44,17 @@ class FileStates:
 
     def __getitem__(self, window: int) -> Tensor:
         state = torch.empty(self._shape, dtype=self._dtype)
-        data = _bytes(state)
-        done = 0
-        while done < self._bytes:
-            count = os.preadv(self._file, [data[done:]], self._start(window) + done)
-            if not count:
-                raise OutputError(f"hidden states in {self._folder} end at {done} of {self._bytes} bytes of window {window}")
-            done += count
+        self._file.read(_bytes(state), self._start(window))
         return state
 
     def __setitem__(self, window: int, state: Tensor) -> None:
         assert (state.shape, state.dtype) == (self._shape, self._dtype), f"{state.dtype} {state.shape}"
-        data = _bytes(state.contiguous())
-        done = 0
-        while done < self._bytes:
-            try:
-                done += os.pwrite(self._file, data[done:], self._start(window) + done)
-            except OSError as error:
-                raise self._failed(error) from error
+        self._file.write(_bytes(state.contiguous()), self._start(window))
 
     def _start(self, window: int) -> int:
         if not 0 <= window < self._count:
             raise IndexError(window)
         return window * self._bytes
-
-    def _failed(self, error: OSError) -> OutputError:
-        size = self._count * self._bytes
-        return OutputError(
-            f"cannot write hidden states ({size:,} bytes) in {self._folder}: {error.strerror or error}; make room, or give fewer "
-            "or shorter windows"
-        )
 
 
 def _bytes(state: Tensor) -> memoryview:

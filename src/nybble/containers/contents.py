@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.errors import FileFormatError, InputError
+from nybble.errors import InputError
 from nybble.files.opening import read_bytes
+from nybble.files.safetensors import widen
 from nybble.formats import QTensor
 from nybble.formats.activations import Activations
 from nybble.models.checkpoint import EXTRAS
 
 LARGEST_EXTRA = 1 << 28
 """Bytes of a file that goes along: the largest tokenizers have a tenth of it."""
-FLOAT_TAGS = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,6 @@ class Contents:
     def float32(self, name: str) -> NDArray[np.float32]:
         """A float tensor widened to float32. Raises FileFormatError for one that holds no floats."""
         return widen(self.floats[name][0], self.read_float(name), name)
-
-
-def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
-    """float32 of an array with a safetensors tag. Raises FileFormatError, naming the tensor, for a tag that is no float."""
-    if tag == "BF16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if tag not in (*FLOAT_TAGS, "F64"):
-        raise FileFormatError(f"tensor {name!r} is {tag}, where floats (F32, F16, BF16) belong")
-    return values.astype(np.float32, copy=False)
 
 
 def check_texts(contents: Contents) -> None:

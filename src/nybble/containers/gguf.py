@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.containers.contents import FLOAT_TAGS, Contents, widen
+from nybble.containers.contents import Contents
 from nybble.containers.gguf_config import Keys, check_same, parts_of, rope_factors, table_of, to_config, to_keys
 from nybble.containers.gguf_names import LEAVES, Place, order_back, places
 from nybble.containers.gguf_rebuild import files_of
@@ -30,6 +30,7 @@ from nybble.files.gguf import MAGIC, GgufFile, layout
 from nybble.files.gguf_blocks import LAYOUTS, split
 from nybble.files.json_strict import parse_object
 from nybble.files.opening import open_file
+from nybble.files.safetensors import FLOAT_TAGS, widen
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.base import not_finite
 from nybble.formats.integer import Integer

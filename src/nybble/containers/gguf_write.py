@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.containers.contents import FLOAT_TAGS, Contents, widen
+from nybble.containers.contents import Contents
 from nybble.containers.gguf_config import Keys, parts_of, rope_factors, to_keys
 from nybble.containers.gguf_names import LEAVES, Place, find, order_of_rows, places
 from nybble.containers.gguf_rebuild import stored_files
@@ -21,6 +21,7 @@ from nybble.errors import InputError, shown
 from nybble.files.gguf import ALIGNMENT_KEY, Tensor
 from nybble.files.gguf_blocks import LAYOUTS, join
 from nybble.files.gguf_values import Value
+from nybble.files.safetensors import FLOAT_TAGS, widen
 from nybble.formats import QTensor
 from nybble.models.arch import Architecture
 

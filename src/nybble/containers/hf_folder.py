@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.containers.contents import FLOAT_TAGS, Contents, read_extras, widen, write_extras
+from nybble.containers.contents import Contents, read_extras, write_extras
 from nybble.containers.float import float_matrix, is_transposed
 from nybble.containers.spilled import Spilled
 from nybble.errors import FileFormatError, InputError, UsageError, shown
 from nybble.files.json_strict import parse_object, read_object
-from nybble.files.safetensors import SafetensorsFile, forget_pages
+from nybble.files.safetensors import FLOAT_TAGS, SafetensorsFile, forget_pages, widen
 from nybble.files.safetensors_header import Entry
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations

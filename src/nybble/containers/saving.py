@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from nybble.containers import find_container
-from nybble.containers.contents import Contents, widen
+from nybble.containers.contents import Contents
 from nybble.containers.float import float_tensor
 from nybble.errors import OutputError, UsageError, unknown_name
 from nybble.files.folder import check_output
 from nybble.files.job import is_published, new_folder, new_output, sweep
-from nybble.files.safetensors import forget_pages
+from nybble.files.safetensors import forget_pages, widen
 from nybble.formats import QTensor
 
 MARKER = "config.json"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from nybble.errors import OutputError
 from nybble.files.safetensors import layout
+from nybble.files.unnamed import UnnamedFile
 
 Tagged = tuple[str, NDArray[Any]]
 """(safetensors dtype tag, array)."""
@@ -25,36 +24,19 @@ class Spilled(MutableMapping[str, Tagged]):
 
     def __init__(self, folder: Path) -> None:
         """The file lies in a folder. Raises OutputError where it cannot, there and when arrays are put."""
-        self._folder, self._size = folder, 0
+        self._file, self._size = UnnamedFile(folder, "arrays"), 0
         self._places: dict[str, tuple[str, np.dtype[Any], tuple[int, ...], int]] = {}
-        try:
-            self._file, name = tempfile.mkstemp(dir=folder)
-            weakref.finalize(self, os.close, self._file)
-            os.unlink(name)
-        except OSError as error:
-            raise self._failed(error) from error
 
     def __setitem__(self, name: str, tagged: Tagged) -> None:
         tag, array = tagged
-        whole = np.ascontiguousarray(array)
-        data = whole.reshape(-1).view(np.uint8).data if whole.size else memoryview(b"")
-        start, done = -(-self._size // ALIGNMENT) * ALIGNMENT, 0
-        try:
-            while done < data.nbytes:
-                done += os.pwrite(self._file, data[done:], start + done)
-        except OSError as error:
-            raise self._failed(error) from error
-        self._places[name], self._size = (tag, whole.dtype, array.shape, start), start + data.nbytes
+        data, start = _bytes(np.ascontiguousarray(array)), -(-self._size // ALIGNMENT) * ALIGNMENT
+        self._file.write(data, start)
+        self._places[name], self._size = (tag, array.dtype, array.shape, start), start + data.nbytes
 
     def __getitem__(self, name: str) -> Tagged:
         tag, dtype, shape, start = self._places[name]
         array = np.empty(shape, dtype)
-        data, done = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b""), 0
-        while done < data.nbytes:
-            count = os.preadv(self._file, [data[done:]], start + done)
-            if not count:
-                raise OutputError(f"what was written of {name} in {self._folder} is gone; the disk may be failing")
-            done += count
+        self._file.read(_bytes(array), start)
         return tag, array
 
     def __delitem__(self, name: str) -> None:
@@ -79,13 +61,15 @@ class Spilled(MutableMapping[str, Tagged]):
             with open(path, "wb") as out:
                 out.write(head)
                 for name in entries:
-                    little = self[name][1]
-                    out.write(little.astype(little.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
+                    array = self[name][1]
+                    out.write(_bytes(array.astype(array.dtype.newbyteorder("<"), copy=False)))
                 out.flush()
                 os.fsync(out.fileno())
         except OSError as error:
             size = len(head) + sum(length for _, length in places.values())
             raise OutputError(f"cannot write {path} ({size:,} bytes): {error.strerror or error}") from error
 
-    def _failed(self, error: OSError) -> OutputError:
-        return OutputError(f"cannot write in {self._folder} ({self._size:,} bytes so far): {error.strerror or error}")
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")

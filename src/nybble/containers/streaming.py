@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ ROWS_WEIGHTS = 1 << 22
 """Weights of a run of rows: enough to make the work for each one small beside it."""
 
 Arrays = Mapping[str, NDArray[Any]]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,10 @@ def run_stream(
     pieces = PieceFile(folder / (stream.file or job.target.name), stream.size, job.journal)
     try:
         work = [(group, part) for group in stream.groups for part in group.parts(rows_weights)]
-        for done, (group, part, arrays) in enumerate(_made(work, pieces, threads)):
+        jobs: Iterator[tuple[tuple[Group, slice | None], Arrays | Callable[[], Arrays | None] | None]] = (
+            ((group, part), None if group.key(part) in pieces.notes else partial(group.make, part)) for group, part in work
+        )
+        for done, ((group, part), arrays) in enumerate(made_ahead(jobs, threads)):
             if arrays is None:
                 watch(group.name, part, pieces.notes[group.key(part)])
             else:
@@ -152,29 +158,26 @@ def run_stream(
     return pieces.damaged
 
 
-def _made(
-    work: Sequence[tuple[Group, slice | None]], pieces: PieceFile, threads: int
-) -> Iterator[tuple[Group, slice | None, Arrays | None]]:
-    """Every piece in order, with its arrays where it is not finished; a few are made ahead, in threads."""
-    waiting: deque[tuple[Group, slice | None, Future[Arrays] | None]] = deque()
+def made_ahead(jobs: Iterable[tuple[Item, Result | Callable[[], Result]]], threads: int) -> Iterator[tuple[Item, Result]]:
+    """(item, result) in order; a result that is still to be made is a function, and a few of them are made ahead, in threads."""
+    waiting: deque[tuple[Item, Result | Future[Result]]] = deque()
     ahead = 0
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for group, part in work:
-                todo = group.key(part) not in pieces.notes
-                waiting.append((group, part, pool.submit(group.make, part) if todo else None))
-                ahead += todo
-                while waiting and (ahead > threads or waiting[0][2] is None):
-                    first, rows, future = waiting.popleft()
-                    ahead -= future is not None
-                    yield first, rows, None if future is None else future.result()
+            for item, job in jobs:
+                waiting.append((item, pool.submit(job) if callable(job) else job))
+                ahead += callable(job)
+                while waiting and (ahead > threads or not isinstance(waiting[0][1], Future)):
+                    first, result = waiting.popleft()
+                    ahead -= isinstance(result, Future)
+                    yield first, result.result() if isinstance(result, Future) else result
             while waiting:
-                first, rows, future = waiting.popleft()
-                yield first, rows, None if future is None else future.result()
+                first, result = waiting.popleft()
+                yield first, result.result() if isinstance(result, Future) else result
         finally:
-            for _, _, future in waiting:
-                if future is not None:
-                    future.cancel()
+            for _, result in waiting:
+                if isinstance(result, Future):
+                    result.cancel()
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:

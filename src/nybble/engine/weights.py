@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble import kernels
-from nybble.containers.contents import FLOAT_TAGS, Contents
+from nybble.containers.contents import Contents
 from nybble.engine.program import Matrix
 from nybble.errors import FileFormatError, InputError
+from nybble.files.safetensors import FLOAT_TAGS
 from nybble.formats import Format, parse_format
 
 COMPUTED = ("dynamic",)

@@ -24,13 +24,26 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.errors import InputError, OutputError, shown
+from nybble.errors import FileFormatError, InputError, OutputError, shown
 from nybble.files.folder import file_mode
 from nybble.files.opening import open_file
 from nybble.files.safetensors_header import ALIGNMENT, DTYPES, MAX_HEADER_BYTES, Entry, broken, read_header
 
-__all__ = ["DTYPES", "MAX_HEADER_BYTES", "NAMES", "Entry", "SafetensorsFile", "file_sha256", "forget_pages", "layout", "write"]
+__all__ = [
+    "DTYPES",
+    "FLOAT_TAGS",
+    "MAX_HEADER_BYTES",
+    "NAMES",
+    "Entry",
+    "SafetensorsFile",
+    "file_sha256",
+    "forget_pages",
+    "layout",
+    "widen",
+    "write",
+]
 
+FLOAT_TAGS = ("F32", "F16", "BF16")
 NAMES = {name: tag for tag, name in reversed(DTYPES.items()) if tag not in ("BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0")}
 
 
@@ -117,6 +130,15 @@ def _check_layout(path: Path, entries: dict[str, Entry], data_bytes: int) -> Non
         end = entry.end
     if end != data_bytes:
         raise broken(path, f"its tensors take {end} bytes, the file holds {data_bytes} (truncated or padded)")
+
+
+def widen(tag: str, values: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """float32 of an array with a safetensors tag. Raises FileFormatError, naming the tensor, for a tag that is no float."""
+    if tag == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if tag not in (*FLOAT_TAGS, "F64"):
+        raise FileFormatError(f"tensor {name!r} is {tag}, where floats (F32, F16, BF16) belong")
+    return values.astype(np.float32, copy=False)
 
 
 def file_sha256(path: Path) -> str:

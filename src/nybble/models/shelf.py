@@ -17,12 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nybble.files.safetensors import NAMES, SafetensorsFile
+from nybble.files.safetensors import FLOAT_TAGS, NAMES, SafetensorsFile, widen
 from nybble.models.checkpoint import Checkpoint
 from nybble.models.loading import check_values, load_state
 from nybble.models.mapped import give_back
-
-FLOATS = ("F32", "F16", "BF16")
 
 
 class Shelf:
@@ -123,11 +121,11 @@ def shelved_model(checkpoint: Checkpoint) -> tuple[PreTrainedModel, FileShelf] |
     places: dict[int, tuple[str, SafetensorsFile]] = {}
     for file in map(SafetensorsFile, checkpoint.files):
         for name, entry in file.entries.items():
-            if len(entry.shape) > 1 and entry.dtype in FLOATS and entry.bytes:
+            if len(entry.shape) > 1 and entry.dtype in FLOAT_TAGS and entry.bytes:
                 point = torch.zeros(())  # in place of all values; where it lies says whose it is
                 state[name] = point.expand(entry.shape)
             else:
-                floats = entry.dtype in FLOATS
+                floats = entry.dtype in FLOAT_TAGS
                 state[name] = _float32(entry.dtype, file.read(name)) if floats else torch.from_numpy(np.array(file.read(name)))
                 check_values(name, state[name])
             places[state[name].data_ptr()] = name, file
@@ -147,8 +145,5 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 def _float32(tag: str, values: NDArray[Any]) -> Tensor:
     """A copy of what lies in a file, widened."""
-    if tag == "BF16":
-        wide = values.astype(np.uint32)
-        wide <<= np.uint32(16)
-        return torch.from_numpy(wide.view(np.float32))
-    return torch.from_numpy(np.array(values, dtype=np.float32))
+    wide = widen(tag, values, "")
+    return torch.from_numpy(np.array(wide) if wide is values or np.shares_memory(wide, values) else wide)
