@@ -38,6 +38,7 @@ LAYERS = (
     {"converting", "finished", "forecast"},
     {"convert"},
     {"edits"},
+    {"tuner"},
     {"walk"},
     {"quantized"},
     {"run"},

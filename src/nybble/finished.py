@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nybble.errors import InputError
-from nybble.files.journal import Journal
+from nybble.files.journal import Journal, sync_folder
 from nybble.files.safetensors import SafetensorsFile, file_sha256, write
 from nybble.formats import QTensor, parse_format
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it brings torch along
     from nybble.methods.steps.choose import Account
 
 BLOCK = "block"
-MOVED, EDITED = "moved.", "edited."
+MOVED, EDITED, POSITIONS = "moved.", "edited.", "positions."
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Block:
     """Name -> what a bias or a norm's gain became."""
     edited: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     """Name -> what an edit made of a tensor that stays in float, as it lies in a checkpoint."""
+    positions: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Name of a weight -> where its codes' positions begin, [N, K], if it is to be tuned (latent.py)."""
     note: Any = None
     """What else is to be known of it, as JSON has it."""
 
@@ -48,6 +50,8 @@ class FinishedBlocks:
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self.folder, self.journal = folder, journal
+        for cut_off in folder.glob(".*.part"):  # files that a killed process was writing
+            cut_off.unlink()
         self.taken = self.damaged = 0
         self._known = {record[BLOCK]: record for record in journal.records if BLOCK in record}
         self._places: dict[str, int] = {}
@@ -58,10 +62,7 @@ class FinishedBlocks:
         if record is None:
             return None
         try:
-            path = self._path(index)
-            if file_sha256(path) != record["sha256"]:
-                raise InputError(f"{path} is not what was written")
-            block = _read(SafetensorsFile(path), record)
+            block = _read(kept_file(self._path(index), record["sha256"]), record)
         except InputError:
             self.damaged += 1
             return None
@@ -80,15 +81,13 @@ class FinishedBlocks:
 
     def keep(self, index: int, block: Block) -> None:
         """Have a block on disk. Raises OutputError."""
-        self.folder.mkdir(exist_ok=True)
-        arrays: dict[str, NDArray[Any]] = {MOVED + name: value for name, value in block.moved.items()}
-        arrays.update({EDITED + name: value for name, value in block.edited.items()})
+        floats = {MOVED: block.moved, EDITED: block.edited, POSITIONS: block.positions}
+        arrays: dict[str, NDArray[Any]] = {kind + name: value for kind, all_ in floats.items() for name, value in all_.items()}
         for name, tensor in block.tensors.items():
             arrays.update({f"{name}.{suffix}": array for suffix, array in tensor.stored().items()})
-        write(self._path(index), arrays, {})
         self._known[index] = {
             BLOCK: index,
-            "sha256": file_sha256(self._path(index)),
+            "sha256": keep_file(self._path(index), arrays),
             "formats": {name: [str(tensor.format), *tensor.shape] for name, tensor in block.tensors.items()},
             "order": list(block.tensors),
             "accounts": {name: dataclasses.astuple(account) for name, account in block.accounts.items()},
@@ -101,9 +100,25 @@ class FinishedBlocks:
         return self.folder / f"{index:05}.safetensors"
 
 
+def keep_file(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Have arrays, and the name of their file, on disk; returns its SHA-256. Raises OutputError."""
+    path.parent.mkdir(exist_ok=True)
+    write(path, arrays, {})
+    sync_folder(path.parent)
+    return file_sha256(path)
+
+
+def kept_file(path: Path, digest: str) -> SafetensorsFile:
+    """A file that was kept. Raises InputError where it is gone, or not what was written."""
+    if file_sha256(path) != digest:
+        raise InputError(f"{path} is not what was written")
+    return SafetensorsFile(path)
+
+
 def _read(file: SafetensorsFile, record: Mapping[str, Any]) -> Block:
     tensors = {name: _tensor(file, record, name) for name in record["order"]}
-    return Block(tensors, _accounts(record["accounts"]), _floats(file, MOVED), _floats(file, EDITED), record["note"])
+    moved, edited, positions = (_floats(file, kind) for kind in (MOVED, EDITED, POSITIONS))
+    return Block(tensors, _accounts(record["accounts"]), moved, edited, positions, record["note"])
 
 
 def _accounts(found: Mapping[str, Any]) -> dict[str, Account]:

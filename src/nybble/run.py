@@ -176,11 +176,9 @@ def walk(
     threads: int | None = None,
 ) -> Walk:
     """A calibrated method on a model whose weights it replaces on its way. With a shelf, where the weights are, what is decided
-    is in `finished` alone. What tunes all weights together in the end needs more of them than their codes, and keeps none."""
+    is in `finished` alone."""
     method = parse_method(plan.recipe.method)
     formats = {row.tensor.name: parse_format(row.format or "") for row in plan.packed if row.method != "cast"}
-    if places is not None or method.settings.tunes_together(fmt.bits for fmt in formats.values()):
-        finished = None
     roles = {row.tensor.name: row.tensor.role for row in plan.packed}
     layers = {name: site.modules[0] for name, site in sites(model).items()}
     fused = [name for name, role in roles.items() if role == "query, key and value"]

@@ -10,7 +10,7 @@ holding decoded weights, and the biases and norms that were moved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -36,13 +36,13 @@ from nybble.formats import Format, QTensor
 from nybble.methods import Method
 from nybble.methods.steps.bias import moved_bias
 from nybble.methods.steps.choose import Account, choose
-from nybble.methods.steps.latent import FloatLatent, Latent, Sign
+from nybble.methods.steps.latent import Latent
 from nybble.methods.steps.settings import Settings
-from nybble.methods.steps.tuning import Pace, tune
 from nybble.methods.steps.wanted import wanted
-from nybble.models.float_weights import float_weight, put_weight, turned, weight_view
+from nybble.models.float_weights import float_weight, put_weight, weight_view
 from nybble.models.mapped import trim
 from nybble.models.shelf import Shelf
+from nybble.tuner import Tuner
 
 Progress = Callable[[str, int, int], None]
 
@@ -85,7 +85,6 @@ class Walk:
     """Whether `tensors` keeps what `finished` has too."""
     places: dict[str, NDArray[np.float32]] | None = None
     """Name -> float32 [N, K]: where each weight would rather be, as far as its code stays the nearest; None: nobody asks."""
-    _latents: dict[str, Latent] = field(default_factory=dict)
     _inside: set[str] = field(default_factory=set)
     """Weights of linear layers inside the blocks, as the walk comes to them: what may be pruned."""
 
@@ -101,13 +100,15 @@ class Walk:
             self.edits = edit_blocks(
                 self.model, self.formats, self.settings, self.windows, self.workers, self._report, self.shelf, self.scratch
             )
+        self._tuner = Tuner(self.model, self.layers, self.settings, len(self.windows), self.workers, self._report)
         self._tuned = any(self.settings.tunes(fmt.bits) for fmt in self.formats.values())
         together = self.settings.tunes_together(fmt.bits for fmt in self.formats.values())
         predictions = Predictions(self.model, self.windows, self.workers) if together else None
         self._counts = self._token_weights() if self.settings.fisher else {}
         self._others(*self._blocks())
         if predictions is not None:
-            self._tune(predictions)
+            best, self.history = self._tuner.together(predictions, self.finished)
+            self._take_tuned(best)
 
     def _token_weights(self) -> dict[str, list[Tensor]]:
         modules = {name: module for name, module in self.layers.items() if not isinstance(module, nn.Embedding)}
@@ -209,7 +210,9 @@ class Walk:
         accounts = {name: self.accounts[name] for name in tensors if name in self.accounts}
         became = {name: self.moved[name].numpy() for name in sorted(moved)}
         edits = {name: self.edited[name].numpy() for name in sorted(edited)}
-        self.finished.keep(index, Block(tensors, accounts, became, edits))
+        latents = self._tuner.latents if self.settings.tune else {}
+        positions = {name: latents[name].positions.numpy() for name in tensors if name in latents}
+        self.finished.keep(index, Block(tensors, accounts, became, edits, positions))
         if not self.holds:
             for name in tensors:
                 del self.tensors[name]
@@ -224,6 +227,8 @@ class Walk:
                 self.tensors[name] = tensor
             if name in block.accounts:
                 self.accounts[name] = block.accounts[name]
+            if name in block.positions:
+                self._tuner.latents[name] = Latent.at(tensor, torch.from_numpy(block.positions[name]))
             if self.settings.blockwise:
                 put_weight(self.layers[name], tensor.decode())
             self._done.add(name)
@@ -332,7 +337,7 @@ class Walk:
         if self._tuned or (self.places is not None and not tensor.format.is_cast):
             latent = Latent(tensor, wanted(tensor, torch.from_numpy(weight), self.settings, stats, account.damping))
             if self._tuned:
-                self._latents[name] = latent
+                self._tuner.latents[name] = latent
             if self.places is not None:
                 self.places[name] = latent.place().numpy()
         decoded = tensor.decode()
@@ -349,85 +354,22 @@ class Walk:
             self.model.get_parameter(name).copy_(value)
 
     def _tune_block(self, blocks: Blocks, index: int, inputs: States, aims: States) -> None:
-        """Tune the weights of one block, so that what it makes of `inputs` comes near what the float block makes of its own."""
-        layers = self._layers_of(blocks.modules[index])
-        latents = {name: latent for name, latent in self._latents.items() if name in layers}
-        signed = {name: latent.again(self.tensors[name], Sign) for name, latent in latents.items()}
-        stride = 1 / self.settings.block_tune  # half a level in all, as SignRound has it
-        pace = Pace(self.settings.block_tune, stride, stride, self.settings.batch, self.settings.seed)
+        """Tune the weights of one block."""
+        decided = {name: self.tensors[name] for name in self._layers_of(blocks.modules[index])}
+        best, history = self._tuner.block(blocks, index, inputs, aims, decided)
+        self.block_histories.append(history)
+        self._take_tuned(best)
+        if not self.settings.tune:
+            self._tuner.latents.clear()
 
-        def slope(leaves: dict[str, Tensor], indices: list[int]) -> dict[str, Tensor]:
-            values = list(leaves.values())
-            found = self.workers.mean_tensors(lambda w: blocks.slope(index, inputs[w], aims[w], values), indices)
-            return dict(zip(leaves, found, strict=True))
-
-        def loss(indices: Sequence[int]) -> float:
-            def one(w: int) -> float:
-                return float((blocks.run(index, inputs[w]) - aims[w]).float().square().mean())
-
-            return self.workers.mean(one, indices)
-
-        what = f"tuning {blocks.prefix}.{index}, error"
-        self.block_histories.append(self._tune_latents(dict(signed), pace, slope, loss, what))
-        for name in latents:
-            if self.settings.tune:
-                self._latents[name] = signed[name].again(self.tensors[name])
-            else:
-                del self._latents[name]
-
-    def _tune(self, predictions: Predictions) -> None:
-        """Tune all weights together, and norms and biases where the method has it so."""
-        latents: dict[str, Latent | FloatLatent] = dict(self._latents)
-        if self.settings.norms:
-            # one number a channel, none of them in what is rounded or looked up
-            found = {name: value for name, value in self.model.named_parameters() if value.dim() == 1}
-            latents |= {name: FloatLatent(value) for name, value in found.items()}
-        pace = Pace(self.settings.tune, self.settings.travel, self.settings.gain, self.settings.batch, self.settings.seed)
-        self._latents = {}
-        self.history = self._tune_latents(latents, pace, predictions.slope, predictions.mean_loss, "tuning, KL")
-
-    def _tune_latents(
-        self,
-        latents: Mapping[str, Latent | FloatLatent],
-        pace: Pace,
-        slope: Callable[[dict[str, Tensor], list[int]], dict[str, Tensor]],
-        loss: Callable[[Sequence[int]], float],
-        what: str,
-    ) -> list[tuple[int, float]]:
-        """Tune, and keep the best. `slope(leaves, windows)`: the loss's gradient by parameters of the model, by name."""
-        leaves: dict[str, Tensor] = {}
-        for name, latent in latents.items():
-            parameter = (
-                self.model.get_parameter(name) if isinstance(latent, FloatLatent) else self.layers[name]._parameters["weight"]
-            )
-            assert parameter is not None
-            leaves[name] = parameter.requires_grad_(True)
-
-        def slopes(indices: list[int]) -> dict[str, Tensor]:
-            found = slope(leaves, indices)
-            return {name: turned(self.layers[name], each) if name in self.layers else each for name, each in found.items()}
-
-        def show(name: str, value: Tensor) -> None:
-            if name in self.layers:
-                put_weight(self.layers[name], value.numpy())
-            else:
-                leaves[name].data.copy_(value)
-
-        def report(so_far: float, step: int, steps: int) -> None:
-            self._report(f"{what} {so_far:.3g}", step, steps)
-
-        best, history = tune(latents, pace, len(self.windows), slopes, loss, show, self.workers.each, report)
+    def _take_tuned(self, best: Mapping[str, QTensor | Tensor]) -> None:
         for name, value in best.items():
-            leaves[name].requires_grad_(False)
-            if isinstance(value, QTensor):
-                self.tensors[name] = value
-                put_weight(self.layers[name], value.decode())
-                latent = latents[name]
-                if self.places is not None and isinstance(latent, Latent):
-                    self.places[name] = latent.again(value).place().numpy()
-            else:
-                self._move(name, value)
-        return history
+            if isinstance(value, Tensor):
+                self.moved[name] = value
+                continue
+            self.tensors[name] = value
+            if self.places is not None:
+                self.places[name] = self._tuner.latents[name].again(value).place().numpy()
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress:

@@ -7,6 +7,7 @@ measured (docs/large.md says how near they come).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ TRIED = (256, 768)
 """Columns of the two matrices that are tried to know the time; the larger its columns, the longer a weight takes."""
 LARGE = 10**8
 """Weights of a model whose codes are tried on as many rows as are worked on together, which takes a second."""
+TUNED = 4 + 2 * 13
+"""Bytes on disk of a weight that is tuned together with all others: where it begins; and its position, two means of slopes and
+its best code, twice while one file takes another's place."""
 MARGIN = 1.1
 """Memory that is taken beyond what is counted: pages of files, what the allocator keeps."""
 
@@ -119,7 +123,8 @@ def forecast_walk(
             "shorter windows (--windows, --window), another method, or more memory"
         )
     kept = sum(-(-row.bits // 8) for row in plan.packed)  # the blocks that are finished, beside the output
-    disk = kept * (2 if put_together else 1) + (states if on_disk else 0)
+    tuned = sum(math.prod(row.tensor.shape) for row in plan.packed if row.method != "cast") if together else 0
+    disk = kept * (2 if put_together else 1) + (states if on_disk else 0) + TUNED * tuned
     free = check_disk(target, plan.bytes, disk)
     seconds = _seconds(blocks, plan, method, windows, count) if settings.blockwise else None
     return WalkForecast(count, on_disk, standing + need, disk, reads, plan.bytes, free, seconds)

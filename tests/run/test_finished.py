@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nybble import tuner
 from nybble.files.journal import Journal
 from nybble.finished import Block, FinishedBlocks
+from nybble.methods.steps.tuning import Standing
 from nybble.run import quantize
+from nybble.tuner import KeptTuning
 
-METHODS = ["gptq", "gptq:bias", "qronos", "gptq:block_tune=2", "awq+gptq", "sparsegpt", "gptq+static", "imatrix"]
+METHODS = [
+    *("gptq", "gptq:bias", "qronos", "gptq:block_tune=2", "awq+gptq", "sparsegpt", "gptq+static", "imatrix", "gptq:tune=2"),
+    *("best:tune=2:tune_bits=4:block_tune=2", "guided"),
+]
 
 
 @pytest.fixture
@@ -85,8 +91,81 @@ def test_a_damaged_block_is_made_again(tiny: Callable[..., Any], windows: Any, t
         assert same(again, whole)
 
 
-def test_what_is_tuned_together_keeps_no_blocks(tiny: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
+TUNED = ["gptq:tune=4", "tune:block_tune=2:tune=4", "best:tune=4:tune_bits=4:block_tune=2:norms"]
+
+
+@pytest.fixture
+def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step of a tuning is kept."""
+    monkeypatch.setattr(tuner, "PATIENCE", 0)
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_a_tuning_that_was_stopped_goes_on_from_its_step(
+    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_step: None
+) -> None:
+    whole = made(tiny("gpt2"), method, windows)
+    real, steps = KeptTuning.keep, list[int]()
+    begun: list[int] = []
+
+    def stops(self: KeptTuning, standing: Standing) -> None:
+        real(self, standing)
+        steps.append(standing.step)
+        raise KeyboardInterrupt
+
+    found = KeptTuning.find
+
+    def watched(self: KeptTuning) -> Standing | None:
+        standing = found(self)
+        begun.append(0 if standing is None else standing.step)
+        return standing
+
+    monkeypatch.setattr(KeptTuning, "find", watched)
+    for _ in range(5):
+        journal = Journal(tmp_path / "journal", {})
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptTuning, "keep", stops)
+            try:
+                again = made(tiny("gpt2"), method, windows, FinishedBlocks(tmp_path / "blocks", journal))
+            except KeyboardInterrupt:
+                assert len(list((tmp_path / "blocks").glob("tuning-*"))) == 1
+        journal.close()
+    assert steps == [1, 2, 3, 4]
+    assert begun == [0, 1, 2, 3, 4]
+    assert same(again, whole)
+    assert again.provenance == whole.provenance
+
+
+def test_a_damaged_tuning_goes_on_from_the_one_before(
+    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_step: None
+) -> None:
+    kept = tmp_path / "blocks"
     journal = Journal(tmp_path / "journal", {})
-    made(tiny("gpt2"), "gptq:tune=2", windows, FinishedBlocks(tmp_path / "blocks", journal))
+    with monkeypatch.context() as patch:  # killed before the one before was removed
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        whole = made(tiny("gpt2"), "gptq:tune=2", windows, FinishedBlocks(kept, journal))
     journal.close()
-    assert not (tmp_path / "blocks").exists()
+    (kept / ".tuning-00002.safetensors.abc.part").write_bytes(b"cut off")
+    last = kept / "tuning-00002.safetensors"
+    turned = bytearray(last.read_bytes())
+    turned[-1] ^= 1
+    last.write_bytes(bytes(turned))
+    journal = Journal(tmp_path / "journal", {})
+    finished = FinishedBlocks(kept, journal)
+    again = made(tiny("gpt2"), "gptq:tune=2", windows, finished)
+    journal.close()
+    assert (finished.taken, finished.damaged) == (4, 1)
+    assert same(again, whole)
+    assert sorted(path.name for path in kept.iterdir() if path.name[0] not in "0") == ["tuning-00002.safetensors"]
+
+
+def test_keeping_a_tuning_takes_a_small_share(
+    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuner, "PATIENCE", 1e9)
+    real, steps = KeptTuning.keep, list[int]()
+    monkeypatch.setattr(KeptTuning, "keep", lambda self, standing: (steps.append(standing.step), real(self, standing))[1])
+    journal = Journal(tmp_path / "journal", {})
+    made(tiny("gpt2"), "gptq:tune=5", windows, FinishedBlocks(tmp_path / "blocks", journal))
+    journal.close()
+    assert steps == [1, 5], "the first, by which it is known how long that takes, and the last"

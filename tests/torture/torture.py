@@ -283,9 +283,11 @@ def serve() -> None:
     import nybble.files.pieces
     import nybble.report.training
     import nybble.train.session
+    import nybble.tuner
     from nybble.cli import main as command
 
     nybble.files.pieces.BATCH_BYTES = BATCH_BYTES
+    nybble.tuner.PATIENCE = 0  # every step is kept
     for line in sys.stdin:
         order = json.loads(line)
         process = os.fork()

@@ -8,7 +8,7 @@ How far a step goes is Adam's matter, or the same for all and only its sign is t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +36,10 @@ class Rule(Protocol):
         """The direction of step `count`, from 1: about one in size."""
         ...
 
+    def moving(self) -> dict[str, Tensor]:
+        """What it remembers of the steps so far, itself and no copies: name -> tensor."""
+        ...
+
 
 class Adam:
     """Mean and mean square of a slope over the steps so far."""
@@ -51,6 +55,10 @@ class Adam:
         size = (self._square / (1 - second**count)).sqrt_().clamp_(min=1e-30)
         return (self._mean / (1 - first**count)).div_(size)
 
+    def moving(self) -> dict[str, Tensor]:
+        """Both means, themselves."""
+        return {"mean": self._mean, "square": self._square}
+
 
 class Sign:
     """The sign of the slope: every step the same size."""
@@ -62,12 +70,17 @@ class Sign:
         """One, or minus one, or zero."""
         return slope.sign()
 
+    def moving(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
 
 class Latent:
     """A weight while it is tuned: positions of its codes and gains of its scales, float32."""
 
-    def __init__(self, tensor: QTensor, wanted: Tensor, rule: Callable[[Tensor], Rule] = Adam) -> None:
-        """From codes already chosen. `wanted`, float32 [N, K], is where each would rather be, in levels from where it is."""
+    def __init__(self, tensor: QTensor, wanted: Tensor | None, rule: Callable[[Tensor], Rule] = Adam) -> None:
+        """From codes already chosen. `wanted`, float32 [N, K], is where each would rather be, in levels from where it is; None:
+        there."""
         self.fmt = tensor.format
         levels, codes = np.unique(self.fmt.levels, return_index=True)
         self.levels, self.codes_of = torch.from_numpy(levels).float(), torch.from_numpy(codes.astype(np.uint8))
@@ -78,25 +91,39 @@ class Latent:
         """Logarithm of what the scale is multiplied by."""
         order = torch.zeros(1 << self.fmt.bits)
         order[self.codes_of.long()] = torch.arange(len(levels)).float()
-        rank = order[torch.from_numpy(tensor.codes.astype(np.int64))]
-        self.positions = rank + (wanted / self.gaps[rank.long()]).clamp_(-BESIDE, BESIDE)
+        self.positions = order[torch.from_numpy(tensor.codes.astype(np.int64))]
+        if wanted is not None:
+            self.positions += (wanted / self.gaps[self.positions.long()]).clamp_(-BESIDE, BESIDE)
         """[N, K], in steps of the ascending levels."""
         self._of_positions, self._of_scale = rule(self.positions), rule(self.scale)
 
-    def state(self) -> tuple[Tensor, Tensor]:
-        """A copy of what it stands for: (codes, uint8 [N, K]; gains)."""
-        return self.codes_of[self._ranks()], self.gain.clone()
+    def moving(self) -> dict[str, Tensor]:
+        """All that steps change, itself and no copies: name -> tensor. With it filled from another's, both go on alike."""
+        rules = {"position": self._of_positions, "scale": self._of_scale}
+        found = {f"{what}.{name}": value for what, rule in rules.items() for name, value in rule.moving().items()}
+        return {"positions": self.positions, "gain": self.gain, **found}
 
-    def tensor(self, state: tuple[Tensor, Tensor] | None = None) -> QTensor:
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what it stands for: codes, uint8 [N, K], and gains of scales."""
+        return {"codes": self.codes_of[self._ranks()], "gain": self.gain.clone()}
+
+    def tensor(self, state: Mapping[str, Tensor] | None = None) -> QTensor:
         """What it stands for now, or stood for in a state."""
-        codes, gain = state or self.state()
-        return QTensor(self.fmt, codes.numpy(), self._params(gain))
+        state = state or self.state()
+        return QTensor(self.fmt, state["codes"].numpy(), self._params(state["gain"]))
 
     def again(self, tensor: QTensor, rule: Callable[[Tensor], Rule] = Adam) -> Latent:
         """A new one from a tensor that this one stood for, whose positions begin where these are, or as near as may be."""
-        fresh = Latent(tensor, torch.zeros_like(self.positions), rule)
+        fresh = Latent(tensor, None, rule)
         rank = fresh.positions
         fresh.positions = rank + (self.positions - rank).clamp_(-BESIDE, BESIDE)
+        return fresh
+
+    @classmethod
+    def at(cls, tensor: QTensor, positions: Tensor) -> Latent:
+        """One whose positions, float32 [N, K], begin where another's began."""
+        fresh = cls(tensor, None)
+        fresh.positions = positions
         return fresh
 
     def value(self) -> Tensor:
@@ -157,13 +184,17 @@ class FloatLatent:
         self._size = max(float(self._value.square().mean().sqrt()), SMALLEST)
         self._rule = Adam(self._value)
 
-    def state(self) -> Tensor:
-        """A copy of what it stands for."""
-        return self._value.clone()
+    def moving(self) -> dict[str, Tensor]:
+        """All that steps change, as a weight's."""
+        return {"value": self._value, **self._rule.moving()}
 
-    def tensor(self, state: Tensor | None = None) -> Tensor:
+    def state(self) -> dict[str, Tensor]:
+        """A copy of what it stands for."""
+        return {"value": self._value.clone()}
+
+    def tensor(self, state: Mapping[str, Tensor] | None = None) -> Tensor:
         """What it stands for now, or stood for in a state."""
-        return self.state() if state is None else state
+        return (state or self.state())["value"]
 
     def value(self) -> Tensor:
         """What it stands for now."""
