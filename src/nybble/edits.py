@@ -27,6 +27,8 @@ from nybble.calibrate.states import States
 from nybble.calibrate.watching import catch_inputs
 from nybble.calibrate.workers import Workers
 from nybble.errors import NumericError
+from nybble.files.safetensors import SafetensorsFile
+from nybble.finished import FinishedBlocks
 from nybble.formats import Format
 from nybble.methods.steps.scaling import Scaled, awq_scale, smooth_scale
 from nybble.methods.steps.settings import Settings
@@ -35,6 +37,7 @@ from nybble.models.float_weights import weight_view
 from nybble.models.folding import Fold, folds
 from nybble.models.shelf import Shelf
 
+EDITS = "edits"
 TOLERANCE = 1e-3
 """How far what a block adds may move, as a share of it, before an edit counts as wrong: far over any rounding of float32."""
 
@@ -67,13 +70,15 @@ def edit_blocks(
     report: Callable[[str, int, int], None],
     shelf: Shelf | None = None,
     scratch: Path | None = None,
+    finished: FinishedBlocks | None = None,
 ) -> list[Edit]:
     """Edit a float model in place, as `settings.edit` says, and give the account of every place.
 
     `formats` are those of the weights that will be rounded, by name; `windows` are token ids [windows, tokens]; `shelf` and
-    `scratch` are as of `Blocks`: a block that is taken off a shelf again is edited again. A place is
-    left alone where the scale would not cancel, where nothing that reads it is rounded, and where the block would compute
-    something else. Raises BlocksError where the model is no row of blocks, NumericError that names the matrices.
+    `scratch` are as of `Blocks`: a block that is taken off a shelf again is edited again. Edits are kept in `finished`, and taken
+    from there. A place is left alone where the scale would not cancel, where nothing that reads it is rounded, and where the
+    block would compute something else. Raises BlocksError where the model is no row of blocks, NumericError that names the
+    matrices.
     """
     config = getattr(model, "config", None)
     table = table_for(getattr(config, "model_type", ""))
@@ -89,9 +94,17 @@ def edit_blocks(
         path = f"{blocks.prefix}.{index}"
         found = [_Place(model, path, place, formats) for place in places]
         with shelf.out(block):
-            # All scales of a block before any is folded: they do not depend on each other.
-            wanted = [_choose(place, blocks, index, states, settings, workers) for place in found]
-            done = _fold_checked(model, blocks, index, states[0], wanted)
+            kept = None if finished is None else finished.find_arrays(EDITS, index)
+            if kept is not None:
+                done = [place.again(kept[1], *said) for place, said in zip(found, kept[0], strict=True)]
+                apply_edits(model, done)
+            else:
+                # All scales of a block before any is folded: they do not depend on each other.
+                wanted = [_choose(place, blocks, index, states, settings, workers) for place in found]
+                done = _fold_checked(model, blocks, index, states[0], wanted)
+                if finished is not None:
+                    scales = {edit.source: edit.scale.numpy() for edit in done if edit.scale is not None}
+                    finished.keep_arrays(EDITS, index, scales, [[edit.before, edit.after, edit.reason] for edit in done])
             blocks.advance(index, states, workers)
         shelf.redo(block, partial(apply_edits, model, done))
         edits += done
@@ -146,6 +159,12 @@ class _Place:
 
     def left(self, reason: str) -> Edit:
         return Edit(self.source, self.readers, self.fold, reason=reason)
+
+    def again(self, scales: SafetensorsFile, before: float | None, after: float | None, reason: str) -> Edit:
+        if reason:
+            return self.left(reason)
+        scale = torch.from_numpy(np.array(scales.read(self.source)))
+        return Edit(self.source, self.readers, self.fold, scale, before, after)
 
 
 def _choose(place: _Place, blocks: Blocks, index: int, states: States, settings: Settings, workers: Workers) -> Edit:

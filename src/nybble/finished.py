@@ -1,8 +1,9 @@
 """What a long job is done with, kept on disk: blocks of a calibrated method, tensors of a container that is written at once. A
 run that was stopped takes them up.
 
-A block is a safetensors file in the job's folder, with a line of the journal that holds its SHA-256 and the accounts. What came
-of a block depends on the model, the text and the blocks before it alone, so that the rest comes out as it would have.
+A block is a safetensors file in the job's folder, with a line of the journal that holds its SHA-256 and the accounts; so are the
+edits that are made before (edits.py), and how far a tuning is that comes after (tuner.py). What came of a block depends on the
+model, the text and the blocks before it alone, so that the rest comes out as it would have.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nybble.formats import QTensor, parse_format
 if TYPE_CHECKING:  # it brings torch along
     from nybble.methods.steps.choose import Account
 
+KIND = "kept"
 BLOCK = "block"
 MOVED, EDITED, POSITIONS = "moved.", "edited.", "positions."
 
@@ -46,26 +48,22 @@ class Block:
 
 
 class FinishedBlocks:
-    """The finished blocks of a job."""
+    """The finished blocks of a job, and what else of it is kept: numbered files of a kind, each with a line of the journal."""
 
     def __init__(self, folder: Path, journal: Journal) -> None:
         self.folder, self.journal = folder, journal
         for cut_off in folder.glob(".*.part"):  # files that a killed process was writing
             cut_off.unlink()
         self.taken = self.damaged = 0
-        self._known = {record[BLOCK]: record for record in journal.records if BLOCK in record}
+        self._records = {(record[KIND], record["number"]): record for record in journal.records if KIND in record}
         self._places: dict[str, int] = {}
 
     def find(self, index: int) -> Block | None:
         """A block, or None where it is not finished, or not what was written."""
-        record = self._known.get(index)
-        if record is None:
+        found = self.find_arrays(BLOCK, index)
+        if found is None:
             return None
-        try:
-            block = _read(kept_file(self._path(index), record["sha256"]), record)
-        except InputError:
-            self.damaged += 1
-            return None
+        block = _read(*found)
         self.taken += 1
         self._places.update(dict.fromkeys(block.tensors, index))
         return block
@@ -77,7 +75,7 @@ class FinishedBlocks:
     def read(self, name: str) -> QTensor:
         """A weight that was found or kept. Raises InputError where its file is gone."""
         index = self._places[name]
-        return _tensor(SafetensorsFile(self._path(index)), self._known[index], name)
+        return _tensor(SafetensorsFile(self.path(BLOCK, index)), self._records[BLOCK, index]["note"], name)
 
     def keep(self, index: int, block: Block) -> None:
         """Have a block on disk. Raises OutputError."""
@@ -85,37 +83,49 @@ class FinishedBlocks:
         arrays: dict[str, NDArray[Any]] = {kind + name: value for kind, all_ in floats.items() for name, value in all_.items()}
         for name, tensor in block.tensors.items():
             arrays.update({f"{name}.{suffix}": array for suffix, array in tensor.stored().items()})
-        self._known[index] = {
-            BLOCK: index,
-            "sha256": keep_file(self._path(index), arrays),
+        note = {
             "formats": {name: [str(tensor.format), *tensor.shape] for name, tensor in block.tensors.items()},
             "order": list(block.tensors),
             "accounts": {name: dataclasses.astuple(account) for name, account in block.accounts.items()},
             "note": block.note,
         }
-        self.journal.append(self._known[index])
+        self.keep_arrays(BLOCK, index, arrays, note)
         self._places.update(dict.fromkeys(block.tensors, index))
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{index:05}.safetensors"
+    def numbers(self, kind: str) -> list[int]:
+        """What is kept of a kind, in the order it was, removed files too."""
+        return [number for each, number in self._records if each == kind]
+
+    def find_arrays(self, kind: str, number: int) -> tuple[Any, SafetensorsFile] | None:
+        """(note, arrays) that were kept, or None where there are none, or not what was written."""
+        record = self._records.get((kind, number))
+        if record is None:
+            return None
+        try:
+            path = self.path(kind, number)
+            if file_sha256(path) != record["sha256"]:
+                raise InputError(f"{path} is not what was written")
+            return record["note"], SafetensorsFile(path)
+        except InputError:
+            self.damaged += 1
+            return None
+
+    def keep_arrays(self, kind: str, number: int, arrays: Mapping[str, NDArray[Any]], note: Any) -> None:
+        """Have arrays on disk, and a note as JSON has it. Raises OutputError."""
+        path = self.path(kind, number)
+        path.parent.mkdir(exist_ok=True)
+        write(path, arrays, {})
+        sync_folder(path.parent)
+        record = {KIND: kind, "number": number, "sha256": file_sha256(path), "note": note}
+        self.journal.append(record)
+        self._records[kind, number] = record
+
+    def path(self, kind: str, number: int) -> Path:
+        """Where arrays are kept."""
+        return self.folder / f"{kind}-{number:05}.safetensors"
 
 
-def keep_file(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str:
-    """Have arrays, and the name of their file, on disk; returns its SHA-256. Raises OutputError."""
-    path.parent.mkdir(exist_ok=True)
-    write(path, arrays, {})
-    sync_folder(path.parent)
-    return file_sha256(path)
-
-
-def kept_file(path: Path, digest: str) -> SafetensorsFile:
-    """A file that was kept. Raises InputError where it is gone, or not what was written."""
-    if file_sha256(path) != digest:
-        raise InputError(f"{path} is not what was written")
-    return SafetensorsFile(path)
-
-
-def _read(file: SafetensorsFile, record: Mapping[str, Any]) -> Block:
+def _read(record: Mapping[str, Any], file: SafetensorsFile) -> Block:
     tensors = {name: _tensor(file, record, name) for name in record["order"]}
     moved, edited, positions = (_floats(file, kind) for kind in (MOVED, EDITED, POSITIONS))
     return Block(tensors, _accounts(record["accounts"]), moved, edited, positions, record["note"])

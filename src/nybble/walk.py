@@ -98,7 +98,8 @@ class Walk:
             parameter.requires_grad_(False)
         if self.settings.edit != "none":  # from here on the edited float model is the float model
             self.edits = edit_blocks(
-                self.model, self.formats, self.settings, self.windows, self.workers, self._report, self.shelf, self.scratch
+                *(self.model, self.formats, self.settings, self.windows, self.workers, self._report),
+                *(self.shelf, self.scratch, self.finished),
             )
         self._tuner = Tuner(self.model, self.layers, self.settings, len(self.windows), self.workers, self._report)
         self._tuned = any(self.settings.tunes(fmt.bits) for fmt in self.formats.values())

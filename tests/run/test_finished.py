@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nybble import tuner
+from nybble import edits, tuner
 from nybble.files.journal import Journal
 from nybble.finished import Block, FinishedBlocks
 from nybble.methods.steps.tuning import Standing
@@ -77,7 +78,7 @@ def test_a_damaged_block_is_made_again(tiny: Callable[..., Any], windows: Any, t
     journal = Journal(tmp_path / "journal", {})
     whole = made(tiny("llama"), "gptq", windows, FinishedBlocks(tmp_path / "blocks", journal))
     journal.close()
-    path = tmp_path / "blocks" / "00001.safetensors"
+    path = tmp_path / "blocks" / "block-00001.safetensors"
     data = path.read_bytes()
     for place in np.random.default_rng(0).integers(0, len(data), 5):
         turned = bytearray(data)
@@ -89,6 +90,37 @@ def test_a_damaged_block_is_made_again(tiny: Callable[..., Any], windows: Any, t
         journal.close()
         assert (finished.taken, finished.damaged) == (3, 1)
         assert same(again, whole)
+
+
+@pytest.mark.parametrize("method", ["awq+gptq", "smoothquant+gptq"])
+def test_edits_are_not_looked_for_twice(
+    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(tiny("llama"), method, windows)
+    real, looked = edits._choose, list[int]()
+    monkeypatch.setattr(edits, "_choose", lambda *rest: (looked.append(rest[2]), real(*rest))[1])
+    keep, kept = FinishedBlocks.keep_arrays, list[tuple[str, int]]()
+
+    def stops(self: FinishedBlocks, kind: str, number: int, *rest: Any) -> None:
+        keep(self, kind, number, *rest)
+        kept.append((kind, number))
+        raise KeyboardInterrupt
+
+    again = None
+    while again is None:
+        journal = Journal(tmp_path / "journal", {})
+        finished = FinishedBlocks(tmp_path / "blocks", journal)
+        with monkeypatch.context() as patch:
+            patch.setattr(FinishedBlocks, "keep_arrays", stops)
+            with suppress(KeyboardInterrupt):
+                again = made(tiny("llama"), method, windows, finished)
+        journal.close()
+    assert kept == [("edits", 0), ("edits", 1), *(("block", i) for i in range(4))]
+    assert looked == sorted(looked), "each block once, in their order"
+    assert len(looked) == 2 * looked.count(0)
+    assert same(again, whole)
+    assert again.provenance == whole.provenance
+    assert [e.scale is None for e in again.edits] == [e.scale is None for e in whole.edits]
 
 
 TUNED = ["gptq:tune=4", "tune:block_tune=2:tune=4", "best:tune=4:tune_bits=4:block_tune=2:norms"]
@@ -156,7 +188,7 @@ def test_a_damaged_tuning_goes_on_from_the_one_before(
     journal.close()
     assert (finished.taken, finished.damaged) == (4, 1)
     assert same(again, whole)
-    assert sorted(path.name for path in kept.iterdir() if path.name[0] not in "0") == ["tuning-00002.safetensors"]
+    assert [path.name for path in kept.iterdir() if not path.name.startswith("block")] == ["tuning-00002.safetensors"]
 
 
 def test_keeping_a_tuning_takes_a_small_share(
