@@ -1,13 +1,14 @@
-"""Whether an output folder can be written, before any work is done for it."""
+"""Whether an output folder can be written, before any work is done for it, and what is said where it turns out that it cannot."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nybble.errors import OutputError
+from nybble.errors import NybbleError, OutputError
 
 
 def check_output(path: Path, force: bool, marker: str) -> None:
@@ -31,6 +32,17 @@ def check_output(path: Path, force: bool, marker: str) -> None:
             pass
     except OSError as error:
         raise OutputError(f"cannot write in {parent}: {error.strerror or error}; choose another folder with -o") from error
+
+
+@contextmanager
+def writing(where: Path) -> Iterator[None]:
+    """Raise OutputError, with the path, for whatever the system refuses while the block writes below `where`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, NybbleError):
+            raise
+        raise OutputError(f"cannot write {error.filename or where}: {error.strerror or error}") from error
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nybble.calibrate.windows import calibration_windows, token_windows
 from nybble.errors import InputError, OutputError, UsageError
+from nybble.files.folder import writing
 from nybble.files.job import new_folder
 from nybble.methods import parse_method
 from nybble.models.loading import quiet
@@ -65,15 +66,12 @@ def check_folder(output: Path) -> None:
 
 def _make_folder(output: Path, restart: bool) -> None:
     """The folder of a run; with `restart` what an earlier one left goes away. Called when nothing can be wrong any more."""
-    try:
-        if restart:
-            shutil.rmtree(output / TRAINING, ignore_errors=True)
-            for name in MODEL_FILES:
-                (output / name).unlink(missing_ok=True)
-        (output / TRAINING).mkdir(parents=True, exist_ok=True)
-        (output / TRAINING / RUN).touch()
-    except OSError as error:
-        raise OutputError(f"cannot write in {output}: {error.strerror or error}") from error
+    if restart:
+        shutil.rmtree(output / TRAINING, ignore_errors=True)
+        for name in MODEL_FILES:
+            (output / name).unlink(missing_ok=True)
+    (output / TRAINING).mkdir(parents=True, exist_ok=True)
+    (output / TRAINING / RUN).touch()
 
 
 def train(
@@ -122,24 +120,25 @@ def train(
     plan = None if begin is None else prepare_from(start.model.cpu(), begin, progress)  # methods work on the CPU
     start.model.to(world.device)
     rounded = (known.get("rounded") or measure()) if plan else None
-    world.wait()
-    if world.first:
-        _make_folder(output, restart)
-    world.wait()
-    trainer = Trainer(start.model, text, windows, settings, training, world, facts, loss)
-    done = trainer.go_on()  # refuses a run that is there and is another
-    if world.first:
-        told = {"facts": facts, "settings": settings.facts(), "before": before, "rounded": rounded}
-        (training / RUN).write_text(json.dumps(told, indent=1), encoding="utf-8")
-    begun(trainer, done)
-    trainer.run(watch)
-    steps = read_log(training)
-    parameters = sum(p.numel() for p in start.model.parameters())
-    weights = trainer.weights()
-    if world.first and plan:
-        _save_packed(start, output, plan)
-    elif world.first:
-        save(start if not trainer.sharded else _in_one_piece(start, trainer.plain_class, weights), output)
+    with writing(output):
+        world.wait()
+        if world.first:
+            _make_folder(output, restart)
+        world.wait()
+        trainer = Trainer(start.model, text, windows, settings, training, world, facts, loss)
+        done = trainer.go_on()  # refuses a run that is there and is another
+        if world.first:
+            told = {"facts": facts, "settings": settings.facts(), "before": before, "rounded": rounded}
+            (training / RUN).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        begun(trainer, done)
+        trainer.run(watch)
+        steps = read_log(training)
+        parameters = sum(p.numel() for p in start.model.parameters())
+        weights = trainer.weights()
+        if world.first and plan:
+            _save_packed(start, output, plan)
+        elif world.first:
+            save(start if not trainer.sharded else _in_one_piece(start, trainer.plain_class, weights), output)
     after = next((step.held_out for step in reversed(steps) if step.held_out is not None), float("nan"))
     return Trained(output, steps, before, rounded, after, len(text.ids), parameters)
 
@@ -196,13 +195,10 @@ def save(start: Start, output: Path) -> None:
 
 def _put(made: Path, output: Path) -> None:
     """Move files where they belong, each whole, config.json last: without it the folder is no model."""
-    try:
-        (output / "config.json").unlink(missing_ok=True)
-        for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(output / path.name)
-        made.rmdir()
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from error
+    (output / "config.json").unlink(missing_ok=True)
+    for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
+        path.replace(output / path.name)
+    made.rmdir()
 
 
 def _known(training: Path, facts: dict[str, Any], settings: Settings) -> dict[str, Any]:
