@@ -29,9 +29,10 @@ from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_spe
 from nybble.errors import OutputError, UsageError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job, remove
 from nybble.files.safetensors import forget_pages
-from nybble.finished import Block, FinishedBlocks
+from nybble.finished import Block, FinishedBlocks, notes_of
 from nybble.forecast import Forecast, forecast
 from nybble.formats import QTensor, parse_format
+from nybble.formats.activations import Activations
 from nybble.methods import parse_method
 from nybble.models.checkpoint import open_checkpoint, row_digests, tensors_digest, unpickle_folder
 from nybble.models.filling import check_filling
@@ -134,6 +135,8 @@ def convert(
         made["bits_per_weight"] = round(plan.bpw, 6)
     known = {**contents.provenance, **made, **(provenance or {})}
     result = work.contents(known)
+    if hasattr(module, "check"):
+        module.check(result)
     if not contents.files:  # in memory already
         check_room(target, work.bytes)
         size = save(result, target, module.NAME, chosen, force, work.digests.__getitem__)
@@ -331,8 +334,8 @@ def _count(job: Job, work: Work) -> None:
     for record in job.journal.records:
         for key, _, _, note in record.get("pieces", ()):
             work.add(key.partition("[")[0], _cost(note))
-        if record.get("note") is not None:
-            work.add(record["order"][0], _cost(record["note"]))
+    for name, note in notes_of(job.journal):
+        work.add(name, _cost(note))
 
 
 def _cost(note: Any) -> Cost:
@@ -342,13 +345,20 @@ def _cost(note: Any) -> Cost:
 
 def stay_float(source: str | Path, container: str, recipe: Recipe) -> list[str]:
     """Names of the weights of a float model that a container has as floats whatever the recipe says (tables of tokens in a GPTQ
-    folder): they need not be rounded first. Raises UsageError for a format that it cannot hold, before any work."""
+    folder): they need not be rounded first. Raises UsageError for what it cannot hold, before any work."""
     module = find_container(container)
     contents = open_contents(source)
-    found = []
+    packed, schemes, found = {}, {}, []
     for row in make_plan(describe_contents(contents), recipe).packed:
+        name, asked = row.tensor.name, parse_format(str(row.format))
         rows, columns = row.tensor.shape
-        specs = candidate_specs(module, contents, row.tensor.name, parse_format(str(row.format)), (rows, columns), asked=True)
-        if all(parse_format(spec).is_cast for spec in specs) and not parse_format(str(row.format)).is_cast:
-            found.append(row.tensor.name)
+        specs = candidate_specs(module, contents, name, asked, (rows, columns), asked=True)
+        if all(parse_format(spec).is_cast for spec in specs) and not asked.is_cast:
+            found.append(name)
+        packed[name] = str(asked) if str(asked) in specs else specs[0], (rows, columns)
+        if row.activations:
+            schemes[name] = Activations(row.activations)
+    if hasattr(module, "check"):
+        others = {name: given for name, given in contents.floats.items() if name not in packed}
+        module.check(dataclasses.replace(contents, packed=packed, floats=others, schemes=schemes))
     return found

@@ -21,7 +21,7 @@ from nybble.containers.contents import Contents
 from nybble.containers.float import is_transposed
 from nybble.containers.saving import digest_of
 from nybble.errors import NumericError, UsageError
-from nybble.files.safetensors import FLOAT_TAGS, widen
+from nybble.files.safetensors import FLOAT_TAGS, forget_pages, widen
 from nybble.formats import Format, QTensor, parse_format
 from nybble.formats.activations import Activations
 from nybble.formats.recast import Recast, compare, recast
@@ -37,6 +37,8 @@ Cost = tuple[bool, float, float]
 """(whether the values are the same, squared error, squares of what was there)."""
 NO_COST: Cost = (True, 0.0, 0.0)
 KINDS = {"token table": "embedding", "position table": "positions", "head": "head"}
+TRIED_WEIGHTS = 1 << 22
+"""Of a tensor that is tried in several formats: as many are held."""
 SLAB_WEIGHTS = 1 << 20
 """Of a tensor that is carried over: as many are looked at together."""
 SAME = 1e-5
@@ -203,10 +205,13 @@ class Work:
         """Whether rows of what is written come from the same rows of the source alone."""
         if name in self.tags:
             return len(self.source.floats[name][1]) > 1
+        return self._rows_apart(name, self.specs[name])
+
+    def _rows_apart(self, name: str, *specs: str) -> bool:
+        """Whether rows of a matrix in some formats come from the same rows of the source alone."""
         if name in self.source.packed or is_transposed(self.source.config, name) or name in self.pruned:
             return False
-        chosen = (parse_format(self._asked(name)), parse_format(self.specs[name]))
-        return self.method.by_rows and all(fmt.by_rows for fmt in chosen)
+        return self.method.by_rows and all(parse_format(spec).by_rows for spec in (self._asked(name), *specs))
 
     def _choose(self, name: str) -> str:
         """The format of a matrix in the container."""
@@ -220,8 +225,16 @@ class Work:
                 return specs[0]
         if len(specs) == 1 or str(fmt) in specs:
             return str(fmt) if str(fmt) in specs else specs[0]
-        tensor = self._given(name, asked)  # codes that are there already: cheap to try
-        return next((spec for spec in specs if self._is_exact(tensor, parse_format(spec))), specs[0])
+        left = list(specs)
+        size = self.shape(name)[0]
+        step = max(1, TRIED_WEIGHTS // max(1, self.shape(name)[1])) if self._rows_apart(name, *specs) else size
+        for start in range(0, size, step):
+            tensor = self._given(name, asked, slice(start, start + step) if step < size else None)
+            left = [spec for spec in left if self._is_exact(tensor, parse_format(spec))]
+            if not left:
+                break
+        forget_pages()
+        return next(iter(left), specs[0])
 
     def _is_exact(self, tensor: QTensor, fmt: Format) -> bool:
         done = recast(tensor, fmt)
@@ -235,12 +248,12 @@ class Work:
             return self.plan.recipe.format
         return self.wanted.get(name) or given
 
-    def _given(self, name: str, asked: str) -> QTensor:
-        """A matrix in the format that is asked for."""
+    def _given(self, name: str, asked: str, rows: slice | None) -> QTensor:
+        """A matrix in the format that is asked for, or some rows of a float one."""
         fmt = parse_format(asked)
         if name in self.source.packed:
             return recast(self.source.read_packed(name), fmt).tensor
-        return self._round(name, self._weight(name), fmt)
+        return self._round(name, self._weight(name, rows), fmt, rows)
 
     def _weight(self, name: str, rows: slice | None = None) -> NDArray[np.float32]:
         """A float matrix [out, in], or some rows of one that lies so."""

@@ -9,7 +9,7 @@ model, the text and the blocks before it alone, so that the rest comes out as it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,6 +123,13 @@ class FinishedBlocks:
     def path(self, kind: str, number: int) -> Path:
         """Where arrays are kept."""
         return self.folder / f"{kind}-{number:05}.safetensors"
+
+
+def notes_of(journal: Journal) -> Iterator[tuple[str, Any]]:
+    """(name of a weight, note) of every block that holds one weight, and has a note."""
+    for record in journal.records:
+        if record.get(KIND) == BLOCK and record["note"]["note"] is not None:
+            yield record["note"]["order"][0], record["note"]["note"]
 
 
 def _read(record: Mapping[str, Any], file: SafetensorsFile) -> Block:

@@ -117,9 +117,10 @@ def test_a_zero_point_of_zero_needs_v2(tmp_path: Path) -> None:
     fmt = parse_format("int4:g64,asym")
     positive = np.abs(weight((64, 128))) + np.float32(0.1)
     tensor = QTensor(fmt, *fmt.round(positive))
-    with pytest.raises(UsageError, match=r"q_proj.weight has a zero point of 0 \(row 0, group 0\).*checkpoint_format=gptq_v2"):
-        written("gptq", model({QUERY: tensor}), tmp_path / "v1")
-    assert_round_trip("gptq", model({QUERY: tensor}), tmp_path, V2)
+    with pytest.raises(UsageError, match=r"q_proj.weight has a zero point of 0 \(row 0, group 0\).*leave the option out"):
+        written("gptq", model({QUERY: tensor}), tmp_path / "v1", {"checkpoint_format": "gptq"})
+    again = assert_round_trip("gptq", model({QUERY: tensor}), tmp_path, {})
+    assert again.details["checkpoint_format"] == "gptq_v2"
 
 
 def test_scales_of_rows_are_settled_or_refused(tmp_path: Path) -> None:

@@ -120,12 +120,44 @@ def test_before_any_work(tmp_path: Path) -> None:
     assert stay_float(demo.model_folder(), "nybble", Recipe("int4:g64")) == []
 
 
+@pytest.mark.parametrize(
+    ("container", "family", "recipe", "said"),
+    [
+        ("awq", "gpt2", Recipe("int4:g32,asym"), "c_attn.weight is a Conv1D"),
+        ("compressed-tensors", "gpt2", Recipe("int4:g32"), "c_attn.weight is a Conv1D"),
+        ("gptq", "llama", Recipe("int4:g32", rules=(("*.q_proj", "int8:g32"),)), "one number of bits for all layers"),
+        ("gptq", "llama", Recipe("fp16"), "for quantized layers, and no layer of this model is"),
+        ("bitsandbytes", "llama", Recipe("nf4:g64", rules=(("*.q_proj", "fp4:g64"),)), "one type for all layers"),
+        ("bitsandbytes", "llama", Recipe("int8:channel", "static"), r"not on one grid \(static\)"),
+        (
+            "compressed-tensors",
+            "llama",
+            Recipe("int8:channel", "llm_int8"),
+            "it rounds inputs of int8:channel, dynamic or static",
+        ),
+    ],
+)
+def test_what_a_container_refuses_is_known_before_any_work(
+    container: str, family: str, recipe: Recipe, said: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(family).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=said):
+        stay_float(tmp_path / "model", container, recipe)
+    if recipe.method == "static":  # reads calibration text: only `quantize` has it
+        return
+    monkeypatch.setattr("nybble.converting.Work._matrix", lambda *_: pytest.fail("work was done"))
+    keep = stay_float(tmp_path / "model", "gptq", Recipe("int4:g32"))
+    with pytest.raises(UsageError, match=said):
+        convert(tmp_path / "model", tmp_path / "out", container, recipe.format, recipe.method, keep=keep, rules=recipe.rules)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_wrong_arguments(int4: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="unknown container"):
         convert(int4, tmp_path / "x", "ggml")
     with pytest.raises(UsageError, match="unknown option"):
         convert(int4, tmp_path / "x", "gptq", options={"bits": "4"})
-    with pytest.raises(UsageError, match="checkpoint_format of gptq is 'v9'; it may be gptq"):
+    with pytest.raises(UsageError, match="checkpoint_format of gptq is 'v9'; it may be auto, gptq, gptq_v2"):
         convert(int4, tmp_path / "x", "gptq", options={"checkpoint_format": "v9"})
     with pytest.raises(UsageError, match="reads calibration text"):
         convert(int4, tmp_path / "x", to="int4:g64", method="gptq")

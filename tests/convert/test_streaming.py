@@ -340,6 +340,22 @@ def test_what_is_put_together_in_the_end_goes_on_too(
     assert not (tmp_path / "out.part").exists()
 
 
+@pytest.mark.parametrize(("container", "to"), [("gptq", "int4:g64,asym"), ("nybble", "int4:g64")])
+def test_what_had_its_name_already_says_what_it_cost(
+    container: str, to: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    keep = ["model.embed_tokens", "lm_head"]
+    with monkeypatch.context() as patch:  # killed before the job's folder was taken away
+        patch.setattr("nybble.files.job._clear", lambda folder: None)
+        whole = convert(tmp_path / "model", tmp_path / "out", container, to, keep=keep)
+    assert (tmp_path / "out.part").exists()
+    again = convert(tmp_path / "model", tmp_path / "out", container, to, keep=keep, force=True)
+    assert not (tmp_path / "out.part").exists()
+    assert again.steps == whole.steps
+    assert any(step.error > 0 for step in again.steps)
+
+
 def test_arrays_on_disk_are_what_was_put(tmp_path: Path) -> None:
     arrays = Spilled(tmp_path)
     put = {
@@ -374,3 +390,21 @@ def test_what_is_carried_over_is_looked_at(container: str, tiny: Any, tmp_path: 
     with pytest.raises(NumericError, match=r"model\.embed_tokens\.weight: 1 of .* the first is inf at \[41, 7\]"):
         convert(tmp_path / "model", tmp_path / "out", container, to, keep=keep)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_formats_are_tried_on_some_rows_at_a_time(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    whole = convert(tmp_path / "model", tmp_path / "whole.gguf", to="int4:g32,asym")
+    assert {"q5_0"} == {step.after for step in whole.steps if step.name.endswith("mlp.up_proj.weight")}, "what holds its values"
+    real, largest = Work._given, list[int]()
+
+    def watched(self: Work, name: str, asked: str, rows: slice | None) -> Any:
+        found = real(self, name, asked, rows)
+        largest.append(found.codes.size)
+        return found
+
+    monkeypatch.setattr("nybble.converting.TRIED_WEIGHTS", 128)
+    monkeypatch.setattr(Work, "_given", watched)
+    again = convert(tmp_path / "model", tmp_path / "again.gguf", to="int4:g32,asym")
+    assert max(largest) <= 128 < len(largest) * max(largest)
+    assert again.steps == whole.steps

@@ -91,15 +91,22 @@ def read(path: Path) -> Contents:
     return folder.contents(NAME, packed, used, tensor)
 
 
-def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
-    """An AWQ folder. All layers share a group size; those that stay in float are named in the settings. Raises UsageError for
-    layers that do not, and for architectures that store their layers [in, out] (GPT-2)."""
-    names = layers(contents, NAME, conv1d=False)
-    formats = {name: parse_format(contents.packed[name][0]) for name in names}
+def check(contents: Contents) -> None:
+    """Raise UsageError for layers that an AWQ folder cannot hold, from their names, shapes and formats alone, and for
+    architectures that store their layers [in, out] (GPT-2)."""
+    formats = _formats(contents)
     for name, fmt in formats.items():
         if candidates(fmt, contents.packed[name][1], "linear") != (str(fmt),):
             raise UsageError(f"{NAME} cannot hold {name} {list(contents.packed[name][1])} in {fmt}: it holds {HOLDS}")
-    group = one_setting(NAME, "group size", {name: fmt.granularity for name, fmt in formats.items()})
+    one_setting(NAME, "group size", {name: fmt.granularity for name, fmt in formats.items()})
+
+
+def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+    """An AWQ folder. All layers share a group size; those that stay in float are named in the settings. Raises UsageError as
+    `check`."""
+    check(contents)
+    formats = _formats(contents)
+    names, group = list(formats), next(iter(formats.values())).granularity
     arrays = Spilled(path)
     for name in names:
         tensor = contents.read_packed(name)
@@ -119,3 +126,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     if patterns := skipped(contents):
         settings["dynamic"] = patterns
     write_folder(path, contents, arrays, settings)
+
+
+def _formats(contents: Contents) -> dict[str, Format]:
+    return {name: parse_format(contents.packed[name][0]) for name in layers(contents, NAME, conv1d=False)}

@@ -286,20 +286,39 @@ def _turned_blocks(params: Mapping[str, NDArray[Any]], codes: NDArray[Any], fmt:
     return int((fmt.levels[blocks] != 0).any(axis=1).sum())
 
 
+def _formats(contents: Contents) -> dict[str, Format]:
+    return {name: parse_format(contents.packed[name][0]) for name in layers(contents, NAME, conv1d=True)}
+
+
+def _threshold(inputs: Mapping[str, Activations | None]) -> float:
+    """From where elements of inputs stay floats. Raises UsageError for schemes that bitsandbytes has not."""
+    scheme = one_setting(NAME, "scheme for inputs", inputs)
+    if scheme is not None and scheme.scheme == "static":
+        raise UsageError(f"{NAME} rounds inputs on a grid of each token, not on one grid (static); use method rtn or dynamic")
+    return THRESHOLD if scheme is None else scheme.threshold if scheme.scheme == "outliers" else 0.0
+
+
 def _block(fmt: Format) -> int:
     assert isinstance(fmt.granularity, int)
     return fmt.granularity
 
 
-def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
-    """A bitsandbytes folder: all layers in NF4, in FP4 or in int8; blocks and double quantization may differ. Raises UsageError
-    for layers that are not."""
-    names = layers(contents, NAME, conv1d=True)
-    formats = {name: parse_format(contents.packed[name][0]) for name in names}
+def check(contents: Contents) -> None:
+    """Raise UsageError for layers that a bitsandbytes folder cannot hold, from their names, shapes, formats and schemes alone."""
+    formats = _formats(contents)
     for name, fmt in formats.items():
         if candidates(fmt, contents.packed[name][1], "linear") != (str(fmt),):
             raise UsageError(f"{NAME} cannot hold {name} {list(contents.packed[name][1])} in {fmt}: it holds {HOLDS}")
-    kind = one_setting(NAME, "type", {name: fmt.name for name, fmt in formats.items()})
+    if one_setting(NAME, "type", {name: fmt.name for name, fmt in formats.items()}) == "int8":
+        _threshold({name: contents.schemes.get(name) for name in formats})
+
+
+def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+    """A bitsandbytes folder: all layers in NF4, in FP4 or in int8; blocks and double quantization may differ. Raises UsageError
+    as `check`."""
+    check(contents)
+    formats = _formats(contents)
+    names, kind = list(formats), next(iter(formats.values())).name
     arrays = Spilled(path)
     inputs: dict[str, Activations | None] = {}
     for name in names:
@@ -309,12 +328,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
             inputs[name] = tensor.activations
         else:
             arrays.update(_four(name, tensor, DTYPES[contents.float_tag]))
-    threshold = THRESHOLD
-    if kind == "int8":
-        scheme = one_setting(NAME, "scheme for inputs", inputs)
-        if scheme is not None and scheme.scheme == "static":
-            raise UsageError(f"{NAME} rounds inputs on a grid of each token, not on one grid (static); use method rtn or dynamic")
-        threshold = THRESHOLD if scheme is None else scheme.threshold if scheme.scheme == "outliers" else 0.0
+    threshold = _threshold(inputs) if kind == "int8" else THRESHOLD
     settings = {
         "quant_method": NAME,
         "load_in_4bit": kind != "int8",

@@ -233,20 +233,27 @@ def _inputs(folder: Folder, module: str, scheme: Scheme) -> Activations:
         raise folder.broken(f"tensor {shown(f'{module}.input_scale')}: {error}") from error
 
 
-def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
-    """A compressed-tensors folder: layers of one scheme are targeted as Linear, those of several by name. Raises UsageError for
-    layers that it cannot hold, and for architectures that store their layers [in, out] (GPT-2)."""
-    names = layers(contents, NAME, conv1d=False)
-    for name in names:
+def check(contents: Contents) -> None:
+    """Raise UsageError for layers that a compressed-tensors folder cannot hold, from their names, shapes, formats and schemes
+    alone, and for architectures that store their layers [in, out] (GPT-2)."""
+    for name in layers(contents, NAME, conv1d=False):
         fmt = parse_format(contents.packed[name][0])
         if candidates(fmt, contents.packed[name][1], "linear") != (str(fmt),):
             raise UsageError(f"{NAME} cannot hold {name} {list(contents.packed[name][1])} in {fmt}: it holds {HOLDS}")
+        _scheme_of(name, fmt, contents.schemes.get(name))
+
+
+def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+    """A compressed-tensors folder: layers of one scheme are targeted as Linear, those of several by name. Raises UsageError as
+    `check`."""
+    check(contents)
+    names = layers(contents, NAME, conv1d=False)
     arrays = Spilled(path)
     schemes: dict[Scheme, list[str]] = {}
     for name in names:
         tensor = contents.read_packed(name)
         module = name.removesuffix(".weight")
-        scheme = _scheme_of(name, tensor)
+        scheme = _scheme_of(name, tensor.format, tensor.activations)
         schemes.setdefault(scheme, []).append(module)
         arrays.update({f"{module}.{part}": array for part, array in _stored(tensor, scheme, contents.float_tag).items()})
     kinds = {PACKED if scheme.packed else INT for scheme in schemes}
@@ -266,8 +273,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
     write_folder(path, contents, arrays, settings)
 
 
-def _scheme_of(name: str, tensor: QTensor) -> Scheme:
-    fmt, inputs = tensor.format, tensor.activations
+def _scheme_of(name: str, fmt: Format, inputs: Activations | None) -> Scheme:
     if inputs is not None and (inputs.scheme == "outliers" or fmt.bits != 8 or isinstance(fmt.granularity, int)):
         raise UsageError(
             f"{NAME} cannot hold {name} in {fmt} with inputs {inputs}: it rounds inputs of int8:channel, dynamic or static"

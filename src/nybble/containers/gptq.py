@@ -8,10 +8,10 @@ For a module M with a weight [N, K] = [out, in] and groups of g columns (G of th
     M.g_idx     int32 [K]                group of each column
     value = scales * (code - zero)
 
-What is stored for a zero point depends on `checkpoint_format`. In `gptq` (v1, the default) it is the zero point less one, and
-two readers disagree on zero points of 0, which wrap: GPTQModel and with it transformers adds 1 to whole words, so that what
-wraps carries into the neighbour; vLLM adds 1 to each. So v1 is written only without such zero points, and read as transformers
-does (at 3 bits it adds to each). In `gptq_v2` the zero point stands as it is. A symmetric weight has 2^(bits-1) everywhere.
+What is stored for a zero point depends on `checkpoint_format`. In `gptq` (v1) it is the zero point less one, and two readers
+disagree on zero points of 0, which wrap: GPTQModel and with it transformers adds 1 to whole words, so that what wraps carries
+into the neighbour; vLLM adds 1 to each. So v1 is written only without such zero points, and read as transformers does (at 3 bits
+it adds to each). In `gptq_v2` the zero point stands as it is. A symmetric weight has 2^(bits-1) everywhere.
 
 Checked against GPTQModel 7.6 and transformers 5.24. Also GPTQModel's own loader takes v1 without symmetry only from itself;
 transformers and vLLM take it from anyone.
@@ -53,7 +53,10 @@ HOLDS = (
     "int2, int3, int4 and int8 for linear layers, :channel (float16 scales) or :g32 to :g256, with or without asym; else floats"
 )
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "checkpoint_format": (("gptq", "gptq_v2"), "how zero points are stored: gptq is read everywhere, gptq_v2 holds all of them")
+    "checkpoint_format": (
+        ("auto", "gptq", "gptq_v2"),
+        "how zero points are stored: gptq is read everywhere, gptq_v2 holds all of them; auto: gptq unless one is 0",
+    )
 }
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32
@@ -209,18 +212,27 @@ def _ones(bits: int) -> int:
     return sum(1 << place for place in range(0, 32, bits))
 
 
-def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
-    """A GPTQ folder. All layers share bits and group size; what stays in float is named in the settings, so that no loader
-    takes it for packed. Raises UsageError for layers that do not, NumericError for scales that are no float16."""
-    names = layers(contents, NAME, conv1d=True)
-    formats = {name: parse_format(contents.packed[name][0]) for name in names}
+def check(contents: Contents) -> None:
+    """Raise UsageError for layers that a GPTQ folder cannot hold, from their names, shapes and formats alone."""
+    formats = _formats(contents)
     for name, fmt in formats.items():
         rows, columns = contents.packed[name][1]
         if candidates(fmt, (rows, columns), "linear") != (str(fmt),) or inside_block(contents, name) is None:
             raise UsageError(f"{NAME} cannot hold {name} {[rows, columns]} in {fmt}, a layer of a block: it holds {HOLDS}")
-    bits = one_setting(NAME, "number of bits", {name: fmt.bits for name, fmt in formats.items()})
-    group = one_setting(NAME, "group size", {name: _group_size(fmt) for name, fmt in formats.items()})
-    v1 = options.get("checkpoint_format", "gptq") == "gptq"
+    one_setting(NAME, "number of bits", {name: fmt.bits for name, fmt in formats.items()})
+    one_setting(NAME, "group size", {name: _group_size(fmt) for name, fmt in formats.items()})
+
+
+def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
+    """A GPTQ folder. All layers share bits and group size; what stays in float is named in the settings, so that no loader
+    takes it for packed. Raises UsageError as `check`, and for zero points that the version asked for has not; NumericError for
+    scales that are no float16."""
+    check(contents)
+    formats = _formats(contents)
+    names, fmt = list(formats), next(iter(formats.values()))
+    bits, group = fmt.bits, _group_size(fmt)
+    version = options.get("checkpoint_format", "auto")
+    v1 = version == "gptq" or (version == "auto" and not _zeros_of_zero(contents, formats))
     arrays = Spilled(path)
     symmetric = True
     for name in names:
@@ -232,7 +244,7 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
             row, place = (int(i) for i in np.argwhere(zero == 0)[0])
             raise UsageError(
                 f"{name} has a zero point of 0 (row {row}, group {place}), which readers of checkpoint_format gptq take for "
-                "different values; write --option checkpoint_format=gptq_v2, or a format without asym"
+                "different values; leave the option out, or write a format without asym"
             )
         columns = tensor.shape[1]
         size = columns if group == WHOLE_ROW else group
@@ -254,6 +266,16 @@ def write(path: Path, contents: Contents, options: Mapping[str, str]) -> None:
         **_left_out(contents, names),
     }
     write_folder(path, contents, arrays, settings, {SETTINGS_FILE: as_json(settings)})
+
+
+def _formats(contents: Contents) -> dict[str, Format]:
+    return {name: parse_format(contents.packed[name][0]) for name in layers(contents, NAME, conv1d=True)}
+
+
+def _zeros_of_zero(contents: Contents, formats: Mapping[str, Format]) -> bool:
+    """Whether any zero point is 0."""
+    moved = (name for name, fmt in formats.items() if getattr(fmt, "asymmetric", False))
+    return any(bool((grid_of(contents.read_packed(name))[1] == 0).any()) for name in moved)
 
 
 def _group_size(fmt: Format) -> int:
