@@ -61,7 +61,7 @@ fuzz: setup
 
 # Jobs killed and hindered at every call that changes the disk (a slice is part of `make test`); hours.
 torture: setup
-	$(BIN)/python tests/torture/torture.py --jobs $(or $(JOBS),rtn,gguf,folder,convert,gptq,awq,tune,train) --every $(or $(EVERY),1) \
+	$(BIN)/python tests/torture/torture.py --jobs $(or $(JOBS),rtn,gguf,folder,convert,gptq,awq,guided,tune,train) --every $(or $(EVERY),1) \
 	  --random $(or $(COUNT),300) --seed $(or $(SEED),0)
 
 check: setup

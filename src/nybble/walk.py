@@ -44,6 +44,7 @@ from nybble.models.mapped import trim
 from nybble.models.shelf import Shelf
 from nybble.tuner import Tuner
 
+FISHER = "fisher"
 Progress = Callable[[str, int, int], None]
 
 
@@ -118,8 +119,17 @@ class Walk:
         def report(done: int, total: int) -> None:
             self._report("weighing tokens", done, total)
 
+        def find(window: int) -> dict[str, Tensor] | None:
+            found = None if self.finished is None else self.finished.find_arrays(FISHER, window)
+            return None if found is None else {key: torch.from_numpy(np.array(found[1].read(key))) for key in found[1].entries}
+
+        def keep(window: int, sums: dict[str, Tensor]) -> None:
+            if self.finished is not None:
+                self.finished.keep_arrays(FISHER, window, {key: value.numpy() for key, value in sums.items()}, None)
+
+        settings = self.settings
         return token_weights(
-            self.model, modules, groups, self.windows, self.settings.fisher, self.settings.seed, self.workers, report
+            self.model, modules, groups, self.windows, settings.fisher, settings.seed, self.workers, report, find, keep
         )
 
     def _blocks(self) -> tuple[Blocks, States]:

@@ -125,6 +125,8 @@ def forecast_walk(
     kept = sum(-(-row.bits // 8) for row in plan.packed)  # the blocks that are finished, beside the output
     tuned = sum(math.prod(row.tensor.shape) for row in plan.packed if row.method != "cast") if together else 0
     disk = kept * (2 if put_together else 1) + (states if on_disk else 0) + TUNED * tuned
+    if settings.fisher:  # how much tokens count, for each layer's parts of rows (at most query, key and value)
+        disk += 4 * windows[0] * windows[1] * sum(3 if row.tensor.role == "query, key and value" else 1 for row in plan.packed)
     free = check_disk(target, plan.bytes, disk)
     seconds = _seconds(blocks, plan, method, windows, count) if settings.blockwise else None
     return WalkForecast(count, on_disk, standing + need, disk, reads, plan.bytes, free, seconds)

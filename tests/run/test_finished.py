@@ -123,6 +123,28 @@ def test_edits_are_not_looked_for_twice(
     assert [e.scale is None for e in again.edits] == [e.scale is None for e in whole.edits]
 
 
+def test_windows_whose_tokens_are_weighed_are_not_weighed_twice(
+    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(tiny("gpt2"), "guided", windows)
+    keep, kept = FinishedBlocks.keep_arrays, list[tuple[str, int]]()
+
+    def stops(self: FinishedBlocks, kind: str, number: int, *rest: Any) -> None:
+        keep(self, kind, number, *rest)
+        kept.append((kind, number))
+        raise KeyboardInterrupt
+
+    again = None
+    while again is None:
+        journal = Journal(tmp_path / "journal", {})
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(FinishedBlocks, "keep_arrays", stops)
+            again = made(tiny("gpt2"), "guided", windows, FinishedBlocks(tmp_path / "blocks", journal))
+        journal.close()
+    assert kept == [*(("fisher", i) for i in range(len(windows))), *(("block", i) for i in range(4))]
+    assert same(again, whole)
+
+
 TUNED = ["gptq:tune=4", "tune:block_tune=2:tune=4", "best:tune=4:tune_bits=4:block_tune=2:norms"]
 
 

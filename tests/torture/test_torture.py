@@ -48,7 +48,7 @@ def test_pieces(kind: str, every: int, shots: int, place: dict[str, Any]) -> Non
         attack()
 
 
-@pytest.mark.parametrize(("kind", "call"), [("folder", 20), ("gptq", 9), ("gptq", -2), ("train", 30)])
+@pytest.mark.parametrize(("kind", "call"), [("folder", 20), ("gptq", 9), ("gptq", -2), ("tune", 75), ("train", 30)])
 def test_one_call(kind: str, call: int, place: dict[str, Any]) -> None:
     """Counted from the last where it is negative: there a job takes its folder away."""
     job = torture.Torture(place["tasks"][kind], place["server"], place["work"])

@@ -60,6 +60,7 @@ def tasks(model: Path, text: Path) -> dict[str, Task]:
         Task("convert", ("convert", str(model), "out", "--file", "float", "--to", "fp16"), "out"),
         Task("gptq", ("quantize", str(model), "--to", "int4:g32", "--method", "gptq", *calibrated, "-o", "out"), "out"),
         Task("awq", ("quantize", str(model), "--to", "int4:g32", "--method", "awq", *calibrated, "-o", "out"), "out"),
+        Task("guided", ("quantize", str(model), "--to", "int4:g32", "--method", "guided", *calibrated, "-o", "out"), "out"),
         Task("tune", ("quantize", str(model), "--to", "int3:g32", "--method", "best:tune=4", *calibrated, "-o", "out"), "out"),
         Task(
             "train",
@@ -330,7 +331,7 @@ def attacks(torture: Torture, every: int, shots: int, seed: int) -> Iterator[tup
 def main() -> int:
     """Run all; the exit code is 1 where anything differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", default="rtn,gguf,folder,convert,gptq,awq,tune,train")
+    parser.add_argument("--jobs", default="rtn,gguf,folder,convert,gptq,awq,guided,tune,train")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--random", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)

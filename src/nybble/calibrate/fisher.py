@@ -35,18 +35,22 @@ def token_weights(
     seed: int,
     workers: Workers,
     progress: Callable[[int, int], None] | None = None,
+    find: Callable[[int], dict[str, Tensor] | None] = lambda window: None,
+    keep: Callable[[int, dict[str, Tensor]], None] = lambda window, sums: None,
 ) -> dict[str, list[Tensor]]:
     """Name -> per group of rows float32 [windows * T], mean 1. `groups` says in how many parts a weight's rows fall.
 
-    A layer that no window reaches has none. The parameters of the model must not require gradients.
+    A layer that no window reaches has none. The parameters of the model must not require gradients. What comes of a window is
+    handed to `keep`, unless `find` has it from before.
     """
-    found: list[dict[str, list[Tensor]]] = []
+    found = {index: known for index in range(len(windows)) if (known := find(index)) is not None}
+    missing = [index for index in range(len(windows)) if index not in found]
     with keep_outputs(layers) as take:
 
-        def one(index: int) -> dict[str, list[Tensor]]:
+        def one(index: int) -> dict[str, Tensor]:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
             ids = torch.from_numpy(windows[index : index + 1].astype(np.int64))
-            sums: dict[str, list[Tensor]] = {}
+            sums: dict[str, Tensor] = {}
             with torch.enable_grad():
                 embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # type: ignore[operator]
                 take()
@@ -59,15 +63,28 @@ def token_weights(
                     gradients = torch.autograd.grad(logits, list(outputs.values()), v, retain_graph=draw + 1 < draws)
                     for name, gradient in zip(outputs, gradients, strict=True):
                         square = gradient.reshape(-1, gradient.shape[-1]).float().square()
-                        parts = [part.mean(1) for part in square.chunk(groups[name], 1)]
-                        sums[name] = [a + b for a, b in zip(sums[name], parts, strict=True)] if name in sums else parts
+                        for group, part in enumerate(square.chunk(groups[name], 1)):
+                            key = _key(name, group)
+                            sums[key] = sums[key] + part.mean(1) if key in sums else part.mean(1)
             return sums
 
-        for i, result in enumerate(workers.map(one, range(len(windows)))):
-            found.append(result)
+        for index, sums in zip(missing, workers.map(one, missing), strict=True):
+            found[index] = sums
+            keep(index, sums)
             if progress:
-                progress(i + 1, len(windows))
-    return {name: [_tempered(torch.cat([w[name][g] for w in found])) for g in range(groups[name])] for name in found[0]}
+                progress(len(found), len(windows))
+    reached = [name for name in layers if _key(name, 0) in found[0]]
+    return {
+        name: [
+            _tempered(torch.cat([found[index][_key(name, group)] for index in range(len(windows))]))
+            for group in range(groups[name])
+        ]
+        for name in reached
+    }
+
+
+def _key(name: str, group: int) -> str:
+    return f"{name}:{group}"
 
 
 def fisher_draw(p: Tensor, root: Tensor, generator: torch.Generator) -> Tensor:
