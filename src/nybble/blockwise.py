@@ -24,7 +24,7 @@ from nybble.calibrate.windows import CALIBRATION_LENGTH
 from nybble.containers import Contents, open_contents
 from nybble.convert import Conversion, convert, facts_of, streams
 from nybble.converting import Progress
-from nybble.errors import BlocksError, NumericError, OutputError
+from nybble.errors import BlocksError, NumericError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job
 from nybble.finished import FinishedBlocks
 from nybble.forecast import resident
@@ -123,7 +123,7 @@ def quantize_folder(
             )
             job.publish()
             return Made(dataclasses.replace(done, path=target), accounts)
-    except (KeyboardInterrupt, OutputError) as error:
+    except BaseException as error:
         if (remark := how_to_go_on(target, error)) is not None:
             announce(remark)
         raise

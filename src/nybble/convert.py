@@ -26,7 +26,7 @@ from nybble.containers.contents import Contents
 from nybble.containers.saving import check_room, check_target, container_of, digest_of, save, write_checked
 from nybble.containers.streaming import Group, Stream, made_ahead, run_stream
 from nybble.converting import NO_COST, Cost, Progress, Step, Work, candidate_specs, describe_contents
-from nybble.errors import OutputError, UsageError
+from nybble.errors import UsageError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job, remove
 from nybble.files.safetensors import forget_pages
 from nybble.finished import Block, FinishedBlocks, notes_of
@@ -156,7 +156,7 @@ def convert(
             _in_pieces(target, module.stream(result, chosen), work, result, facts, restart, pace)
         else:
             _by_tensors(target, work, result, chosen, facts, restart, pace)
-    except (KeyboardInterrupt, OutputError) as error:
+    except BaseException as error:
         if (remark := how_to_go_on(target, error)) is not None:
             announce(remark)
         raise

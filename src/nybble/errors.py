@@ -54,6 +54,12 @@ class MeasureError(NybbleError, RuntimeError):
     """A measuring process died or gave no result."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was asked for and not given, by numpy, torch or the system: torch has no exception of its own for it."""
+    said = "can't allocate memory", "out of memory", "bad allocation"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(each in str(error) for each in said))
+
+
 def shown(value: object, most: int = 80) -> str:
     """What a file says, for a message: `repr` of a text or number, cut after `most` characters, with no line break, no control
     character and nothing that turns the direction of a line, whatever stands in it."""

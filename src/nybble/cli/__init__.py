@@ -6,6 +6,7 @@ traceback. Tables go to standard output, progress to standard error, `--json` gi
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -17,10 +18,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from nybble.cli.arguments import read
-from nybble.errors import NybbleError
+from nybble.errors import NybbleError, is_out_of_memory
 from nybble.version import __version__
 
 INTERRUPTED = 130
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk says that has no room, or does not write."""
 Misuse: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """What typer raises for wrong arguments: its own class, or that of the click package, by its version."""
 
@@ -98,9 +101,19 @@ def main() -> NoReturn:
     except Exception as error:
         if debug:
             _show_traceback()
-        name = type(error).__name__
-        code = _fail(f"internal error, please report it: {name}: {error} (nybble --debug ... shows the traceback)", 1)
+        code = _fail(_unforeseen(error), 1)
     _leave(code if isinstance(code, int) else 0)
+
+
+def _unforeseen(error: Exception) -> str:
+    """What to say of an exception that nobody raised on purpose."""
+    if is_out_of_memory(error):
+        how = "quantize and convert stay within --memory, and take less with fewer --threads; shorter and fewer windows help all"
+        return f"out of memory ({' '.join(str(error).split())[:200] or 'nothing more is known'}): {how}"
+    if isinstance(error, OSError) and error.errno in DISK:
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}"
+    name = type(error).__name__
+    return f"internal error, please report it: {name}: {error} (nybble --debug ... shows the traceback)"
 
 
 def _leave(code: int) -> NoReturn:

@@ -51,7 +51,6 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Records as JSON lines on standard output, no table.")] = False,
 ) -> None:
     """Measure, write the output folder, show the table."""
-    from nybble.errors import NybbleError
     from nybble.evaluate.compare import compare
     from nybble.evaluate.record import from_line
     from nybble.files.folder import check_output
@@ -112,7 +111,7 @@ def run(
                     (job.place / "results.jsonl").write_text(text_of, encoding="utf-8")
                     write_report(records, job.place / "report.html")
                     job.publish()
-        except (KeyboardInterrupt, NybbleError) as error:
+        except BaseException as error:
             if (remark := how_to_go_on(output, error)) is not None:
                 bar.remark(remark)
             raise

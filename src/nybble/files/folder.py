@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,6 +43,31 @@ def writing(where: Path) -> Iterator[None]:
         if isinstance(error, NybbleError):
             raise
         raise OutputError(f"cannot write {error.filename or where}: {error.strerror or error}") from error
+
+
+def write_whole(files: Mapping[Path, bytes], stale: Iterable[Path] = ()) -> None:
+    """Write all files, then give all of them their names and remove what is stale: none is ever seen half-written, and where one
+    cannot be written the others stay what they were. Raises OSError."""
+    pending: list[tuple[str, Path]] = []
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+            pending.append((temporary, path))
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, file_mode())
+        while pending:
+            os.replace(*pending[0])
+            pending.pop(0)
+        for path in stale:
+            path.unlink(missing_ok=True)
+    finally:
+        for temporary, _ in pending:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -150,7 +150,8 @@ def has_begun(target: Path) -> bool:
 
 def how_to_go_on(target: Path, error: BaseException) -> str | None:
     """What to say when a job was stopped by an error and left something to go on from."""
-    if not has_begun(target) or IN_USE in str(error):
+    wrong = isinstance(error, NybbleError) and not isinstance(error, OutputError | MeasureError)  # it would be wrong again
+    if wrong or not has_begun(target) or IN_USE in str(error):
         return None
     return f"stopped; the same command goes on from {job_folder(target)}"
 

@@ -10,14 +10,11 @@ when a report is written.
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from nybble.errors import InputError, OutputError
 from nybble.evaluate.record import EngineRecord, Record
-from nybble.files.folder import file_mode
+from nybble.files.folder import write_whole
 from nybble.report.column import Column
 from nybble.report.judge import find_baseline, judge_variant
 from nybble.report.table import Row, Table, summary_table
@@ -57,7 +54,12 @@ def write_report(records: list[Record], html: Path) -> list[Path]:
         files[folder / f"{name}.svg"] = plot.svg
         files[folder / f"{name}.png"] = plot.png
     stale = [folder / f"{name}.{kind}" for name in PLOT_NAMES if name not in plots for kind in ("svg", "png")]
-    _write_all(files, stale)
+    try:
+        write_whole(files, stale)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the report to {html}: {error.strerror or error}; choose another place with -o"
+        ) from error
     return list(files)
 
 
@@ -100,30 +102,3 @@ def _is_of(value: object, kind: str) -> bool:
     if kind == "list[float]":
         return isinstance(value, list) and all(_is_of(item, "float") for item in value)
     return (value is None and "None" in kind) or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _write_all(files: dict[Path, bytes], stale: list[Path]) -> None:
-    """All files or none: write beside each target, then rename."""
-    pending: list[tuple[str, Path]] = []
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-            pending.append((temporary, path))
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            os.chmod(temporary, file_mode())
-        while pending:
-            os.replace(*pending[0])
-            pending.pop(0)
-        for path in stale:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        target = next(iter(files))
-        raise OutputError(
-            f"cannot write the report to {target}: {error.strerror or error}; choose another place with -o"
-        ) from error
-    finally:
-        for temporary, _ in pending:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from nybble.errors import OutputError, UsageError
+from nybble.files.folder import write_whole
 from nybble.formats.explain import Explanation
 from nybble.formats.number_line import count_in_cells, format_figure
 from nybble.report.drawing import PALETTE, Plot, new_figure, render, style
@@ -34,13 +34,9 @@ def write_levels(explained: list[Explanation], path: Path) -> None:
     if path.suffix.lower() not in KINDS:
         raise UsageError(f"{path} is no picture that can be drawn; give a name that ends in {' or '.join(KINDS)}")
     plot = draw_levels(explained)
-    unfinished = path.with_name(f".{path.name}.part")
     try:
-        unfinished.write_bytes(plot.svg if path.suffix.lower() == ".svg" else plot.png)
-        unfinished.replace(path)
+        write_whole({path: plot.svg if path.suffix.lower() == ".svg" else plot.png})
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise OutputError(
             f"cannot write the picture to {path}: {error.strerror or error}; choose another place with -o"
         ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nybble.errors import OutputError
+from nybble.files.folder import write_whole, writing
 from nybble.report.drawing import PALETTE, Plot, new_figure, render, style
 
 if TYPE_CHECKING:
@@ -86,9 +86,6 @@ def write_training_report(folder: Path, trained: Trained, settings: Settings) ->
     lines += [f"| {name} | {value} |" for name, value in rows.items() if value]
     lines += ["", "Every step: `log.jsonl`. Losses are nats per token; the held-out text is measured in float32."]
     made = {"loss.svg": plot.svg, "loss.png": plot.png, "report.md": ("\n".join(lines) + "\n").encode()}
-    for name, content in made.items():
-        try:
-            (folder / name).write_bytes(content)
-        except OSError as error:
-            raise OutputError(f"cannot write {folder / name}: {error.strerror or error}") from error
+    with writing(folder):
+        write_whole({folder / name: content for name, content in made.items()})
     return [folder / name for name in made]

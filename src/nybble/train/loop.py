@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from nybble.errors import InputError, NumericError
+from nybble.files.folder import write_whole
 from nybble.models.loading import evaluating
 from nybble.train import checkpoints
 from nybble.train.data import Text
@@ -127,7 +128,7 @@ class Trainer:
         if self.world.first:
             checkpoints.tidy(self.folder / CHECKPOINTS)
             lines = [line for line in read_log(self.folder) if line.step <= self.done]
-            _write_lines(self.folder / LOG, lines)
+            write_whole({self.folder / LOG: "".join(json.dumps(asdict(line)) + "\n" for line in lines).encode()})
         return self.done
 
     def run(self, watch: Callable[[Step], None] = lambda step: None) -> None:
@@ -242,9 +243,3 @@ def read_log(folder: Path) -> list[Step]:
         except (ValueError, TypeError):
             break
     return found
-
-
-def _write_lines(path: Path, lines: list[Step]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
-    part.replace(path)

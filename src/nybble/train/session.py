@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nybble.calibrate.windows import calibration_windows, token_windows
 from nybble.errors import InputError, OutputError, UsageError
-from nybble.files.folder import writing
+from nybble.files.folder import write_whole, writing
 from nybble.files.job import new_folder
 from nybble.methods import parse_method
 from nybble.models.loading import quiet
@@ -71,6 +71,8 @@ def _make_folder(output: Path, restart: bool) -> None:
         for name in MODEL_FILES:
             (output / name).unlink(missing_ok=True)
     (output / TRAINING).mkdir(parents=True, exist_ok=True)
+    for cut_off in (output / TRAINING).glob(".*.part"):  # files that a killed process was writing
+        cut_off.unlink()
     (output / TRAINING / RUN).touch()
 
 
@@ -129,7 +131,7 @@ def train(
         done = trainer.go_on()  # refuses a run that is there and is another
         if world.first:
             told = {"facts": facts, "settings": settings.facts(), "before": before, "rounded": rounded}
-            (training / RUN).write_text(json.dumps(told, indent=1), encoding="utf-8")
+            write_whole({training / RUN: json.dumps(told, indent=1).encode()})
         begun(trainer, done)
         trainer.run(watch)
         steps = read_log(training)
