@@ -42,7 +42,7 @@ LAYERS = (
     {"walk"},
     {"quantized"},
     {"run"},
-    {"walk_forecast"},
+    {"observing", "walk_forecast"},
     {"blockwise"},
     {"evaluate", "train"},
     {"report"},

@@ -2,7 +2,7 @@
 
 Most methods need one block at a time: its weights are read from the checkpoint, what is decided of it goes to disk, and the
 output is written from there, so that neither the float model nor the packed one is ever held. What looks at the whole model
-(tuning all layers together, gradients of all of them, grids for the packed model's activations) holds it, as `run.quantize` does.
+(tuning all layers together, gradients of all of them) holds it, as `run.quantize` does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from nybble.models.checkpoint import open_checkpoint
 from nybble.models.describe import describe
 from nybble.models.loading import context_length, empty_model, evaluating, load_model
 from nybble.models.shelf import FileShelf, shelved_model
-from nybble.plan import Plan, PlanRow, Recipe, make_plan
+from nybble.observing import static_grids
+from nybble.plan import Plan, PlanRow, Recipe, make_plan, prunes
 from nybble.run import done_by, draw_windows, provenance_of, quantize, seeded, walk, windows_of
 from nybble.walk import Walk
 from nybble.walk_forecast import WalkForecast, check_whole, forecast_walk
@@ -133,8 +134,8 @@ def goes_apart(method: Method, plan: Plan) -> bool:
     """Whether a method needs no more than one block of a model at a time."""
     settings = method.settings
     bits = [parse_format(row.format or "").bits for row in plan.packed if row.method != "cast"]
-    whole = settings.fisher > 0 or settings.tunes_together(bits) or settings.activations == "static"
-    return settings.walks and not whole and not plan.is_cast
+    whole = settings.fisher > 0 or settings.tunes_together(bits)
+    return (settings.walks or settings.activations == "static") and not whole and not plan.is_cast
 
 
 def _quantized(
@@ -181,14 +182,23 @@ def _quantized(
     if expected.on_disk:
         scratch = job.folder / BLOCKS
         scratch.mkdir(exist_ok=True)
+    walked, grids = None, dict[str, Activations]()
     try:
-        walked = walk(model, plan, windows, progress, None, finished, shelf, scratch, expected.threads)
+        if method.settings.walks:
+            walked = walk(model, plan, windows, progress, None, finished, shelf, scratch, expected.threads)
+            provenance |= done_by(walked)
+        made = _Made(plan, method, shelf, finished, walked)
+        if method.settings.activations == "static":
+            moved = {} if walked is None else walked.moved
+            grids = static_grids(
+                *(model, plan, method.settings, windows, made.packed, moved),
+                *(shelf, scratch, expected.threads, progress),
+            )
     except BlocksError:
         if method.settings.blockwise:
             raise
         return _held(source, recipe, calibration, finished, progress)
-    provenance |= done_by(walked)
-    return _contents(open_contents(source), plan, method, shelf, finished, walked, provenance), walked.accounts
+    return made.contents(open_contents(source), grids, provenance), {} if walked is None else walked.accounts
 
 
 def _held(
@@ -211,60 +221,52 @@ def _held(
     return quantized.contents(), quantized.accounts
 
 
-def _contents(
-    source: Contents,
-    plan: Plan,
-    method: Method,
-    shelf: FileShelf,
-    finished: FinishedBlocks,
-    walked: Walk,
-    provenance: Mapping[str, Any],
-) -> Contents:
+class _Made:
     """What a walk made of a checkpoint, read from where that lies."""
-    changed = {name: value.numpy() for name, value in {**walked.edited, **walked.moved}.items()}
-    rows: dict[str, PlanRow] = {row.tensor.name: row for row in plan.packed}
 
-    def read_float(name: str) -> NDArray[Any]:
-        return changed[name] if name in changed else shelf.stored(name)[1]
+    def __init__(self, plan: Plan, method: Method, shelf: FileShelf, finished: FinishedBlocks, walked: Walk | None) -> None:
+        self._plan, self._method, self._shelf, self._finished = plan, method, shelf, finished
+        self._rows: dict[str, PlanRow] = {row.tensor.name: row for row in plan.packed}
+        became = {} if walked is None else {**walked.edited, **walked.moved}
+        self._changed: dict[str, NDArray[np.float32]] = {name: value.numpy() for name, value in became.items()}
 
-    def read_packed(name: str) -> QTensor:
-        row = rows[name]
-        tensor = finished.read(name) if name in finished else _rounded(row, method, changed.get(name), shelf)
-        return dataclasses.replace(tensor, activations=schemes.get(name))
+    def packed(self, name: str) -> QTensor:
+        """A packed weight, its inputs as they come."""
+        return self._finished.read(name) if name in self._finished else self._rounded(self._rows[name])
 
-    outliers = method.settings.threshold
-    schemes = {
-        name: Activations(str(row.activations), threshold=outliers if row.activations == "outliers" else 0.0)
-        for name, row in rows.items()
-        if row.activations
-    }
-    others = [row.tensor for row in plan.rows if row.format is None]
-    floats = {}
-    for tensor in others:
-        tag, stored = shelf.stored(tensor.name)
-        floats[tensor.name] = "F32" if tensor.name in changed else tag, tuple(stored.shape)
-    return dataclasses.replace(
-        source,
-        container="nybble",
-        packed={name: (str(row.format), (row.tensor.shape[0], row.tensor.shape[1])) for name, row in rows.items()},
-        floats=floats,
-        read_packed=read_packed,
-        read_float=read_float,
-        schemes=schemes,
-        provenance=provenance,
-    )
+    def contents(self, source: Contents, grids: Mapping[str, Activations], provenance: Mapping[str, Any]) -> Contents:
+        """All of it as a container takes it; `grids` are the static ones."""
+        outliers = self._method.settings.threshold
+        schemes = {
+            name: Activations(str(row.activations), threshold=outliers if row.activations == "outliers" else 0.0)
+            for name, row in self._rows.items()
+            if row.activations
+        } | dict(grids)
+        floats = {}
+        for tensor in (row.tensor for row in self._plan.rows if row.format is None):
+            tag, stored = self._shelf.stored(tensor.name)
+            floats[tensor.name] = "F32" if tensor.name in self._changed else tag, tuple(stored.shape)
+        return dataclasses.replace(
+            source,
+            container="nybble",
+            packed={name: (str(row.format), (row.tensor.shape[0], row.tensor.shape[1])) for name, row in self._rows.items()},
+            floats=floats,
+            read_packed=lambda name: dataclasses.replace(self.packed(name), activations=schemes.get(name)),
+            read_float=lambda name: self._changed[name] if name in self._changed else self._shelf.stored(name)[1],
+            schemes=schemes,
+            provenance=provenance,
+        )
 
-
-def _rounded(row: PlanRow, method: Method, changed: NDArray[np.float32] | None, shelf: FileShelf) -> QTensor:
-    """A weight that no walk decides: a cast one."""
-    name = row.tensor.name
-    weight = shelf.float32(name) if changed is None else changed
-    if row.tensor.kind == "conv1d":
-        weight = np.ascontiguousarray(weight.T)
-    try:
-        return method.quantize(weight, parse_format(str(row.format)))
-    except NumericError as error:
-        raise NumericError(f"{name}: {error}") from error
+    def _rounded(self, row: PlanRow) -> QTensor:
+        """A weight that no walk decides."""
+        name = row.tensor.name
+        weight = self._changed[name] if name in self._changed else self._shelf.float32(name)
+        if row.tensor.kind == "conv1d":
+            weight = np.ascontiguousarray(weight.T)
+        try:
+            return self._method.quantize(weight, parse_format(str(row.format)), prune=prunes(row))
+        except NumericError as error:
+            raise NumericError(f"{name}: {error}") from error
 
 
 def _named(what: str, progress: Progress) -> Progress:

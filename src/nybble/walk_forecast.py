@@ -182,7 +182,7 @@ def _memory(
     matrices = _matrices(largest)
     inner = max((matrix.rows for matrix in matrices), default=width)
     activations = threads * 4 * tokens * (8 * width + 3 * inner)
-    copies = 1 + settings.float_stream
+    copies = 2 if settings.float_stream or settings.activations == "static" else 1
     tuned = (6 if settings.block_tune else 0) * _floats(largest)
     block = copies * _floats(largest) + activations + tuned + max((_choosing(m, settings, threads) for m in matrices), default=0)
     rest = [_Matrix(*map(int, t.shape)) for t in model.parameters() if t.dim() == 2 and id(t) not in inside]
@@ -223,6 +223,7 @@ def _seconds(blocks: Sequence[nn.Module], plan: Plan, method: Method, windows: t
         tried = 2 * SLAB_ROWS[1] if sum(matrix.weights for matrix in matrices) > LARGE else 2 * SLAB_ROWS[0]
         base, slope = (0.0, 0.0) if row is None else _rounding(str(row.format), settings, workers, tried)
     passes = 1 + 2.4 * (1 + (settings.target > 0)) + settings.float_stream + 2 * (settings.edit != "none")
+    passes += settings.activations == "static"
     weights = sum(matrix.weights for matrix in matrices)
     groups = {(index, matrix.columns): matrix.columns for index, block in enumerate(blocks) for matrix in _matrices(block)}
     products = 2 * tokens * weights * passes + 2 * tokens * sum(k * k for k in groups.values()) * (1 + 2 * (settings.target > 0))

@@ -30,6 +30,7 @@ from nybble.run import quantize
 
 METHODS = [
     *("gptq:bias", "qronos", "gptq:block_tune=2", "awq+gptq", "smoothquant+gptq+dynamic", "sparsegpt", "best:tune=0"),
+    *("static", "smoothquant+gptq+static", "imatrix+static", "gptq+static:bias"),
     *("gptq:inputs=float", "best", "gptq+llm_int8", "imatrix", "imatrix+magnitude", "gptq:tune=2", "guided"),
 ]
 
@@ -43,8 +44,12 @@ def windows(families: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return drawn
 
 
+def format_for(method: str) -> str:
+    return "int8:channel" if any(scheme in method for scheme in ("dynamic", "int8", "static")) else "int4:g32"
+
+
 def made(folder: Path, out: Path, method: str, container: str = "nybble", **more: Any) -> Made | None:
-    fmt = "int8:channel" if "dynamic" in method or "int8" in method else "int4:g32"
+    fmt = format_for(method)
     calibration = Calibration("text", 3, 12, True, 0)
     return quantize_folder(folder, out, container, Recipe(fmt, method), calibration, {}, **more)
 
@@ -66,7 +71,7 @@ def test_every_method_gives_what_it_gives_a_held_model(
 ) -> None:
     folder = saved(tiny("gpt2"), tmp_path / "model")
     done = made(folder, tmp_path / "out", method)
-    held = quantize(folder, "int8:channel" if "dynamic" in method or "int8" in method else "int4:g32", method, windows)
+    held = quantize(folder, format_for(method), method, windows)
     check_same(tmp_path / "out", held)
     assert done is not None
     assert done.accounts == held.accounts
@@ -74,13 +79,22 @@ def test_every_method_gives_what_it_gives_a_held_model(
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
+@pytest.mark.parametrize("method", ["awq+gptq:bias", "smoothquant+static"])
 def test_every_family_gives_what_it_gives_held(
-    families: dict[str, Any], tiny: Callable[..., Any], windows: Any, tmp_path: Path
+    method: str, families: dict[str, Any], tiny: Callable[..., Any], windows: Any, tmp_path: Path
 ) -> None:
     for family in families:
         folder = saved(tiny(family), tmp_path / family)
-        made(folder, tmp_path / f"{family}-out", "awq+gptq:bias")
-        check_same(tmp_path / f"{family}-out", quantize(folder, "int4:g32", "awq+gptq:bias", windows))
+        made(folder, tmp_path / f"{family}-out", method)
+        check_same(tmp_path / f"{family}-out", quantize(folder, format_for(method), method, windows))
+
+
+@pytest.mark.parametrize("method", ["static", "gptq+static"])
+def test_what_needs_one_block_at_a_time_is_not_held(
+    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.blockwise._held", lambda *_: pytest.fail("the model was held"))
+    made(saved(tiny("llama"), tmp_path / "model"), tmp_path / "out", method)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nybble.calibrate.states import States, new_states
-from nybble.calibrate.watching import Stop, inputs_of
+from nybble.calibrate.watching import Stop, inputs_of, no_cache
 from nybble.calibrate.workers import Workers
 from nybble.errors import BlocksError
 from nybble.models.packed import replaceable
@@ -221,8 +221,3 @@ def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
     if not best[2]:
         raise BlocksError(f"this {type(model).__name__} has no list of blocks with linear layers to calibrate")
     return best[1], best[2]
-
-
-def no_cache(model: nn.Module) -> dict[str, Any]:
-    """Arguments that keep a model from building a cache of keys and values."""
-    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nybble.calibrate.blocks import no_cache
-from nybble.calibrate.watching import keep_outputs
+from nybble.calibrate.watching import keep_outputs, no_cache
 from nybble.calibrate.workers import Workers
 
 FLOOR = 0.1

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nybble.calibrate.blocks import no_cache
-from nybble.calibrate.watching import catch_inputs, inputs_of
+from nybble.calibrate.watching import catch_inputs, inputs_of, no_cache
 from nybble.calibrate.workers import Workers
 from nybble.errors import UsageError
 

@@ -76,7 +76,7 @@ def watch_inputs(
     try:
         with quiet(), torch.inference_mode():
             for i, window in enumerate(windows):
-                model(torch.from_numpy(window[None].astype(np.int64)))
+                model(torch.from_numpy(window[None].astype(np.int64)), **no_cache(model))
                 if progress:
                     progress(i + 1, len(windows))
     finally:
@@ -107,3 +107,8 @@ def keep_outputs(layers: Mapping[str, nn.Module]) -> Iterator[Callable[[], dict[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def no_cache(model: nn.Module) -> dict[str, Any]:
+    """Arguments that keep a model from building a cache of keys and values."""
+    return {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}

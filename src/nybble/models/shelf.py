@@ -34,13 +34,17 @@ class Shelf:
     def redo(self, module: nn.Module, change: Callable[[], object]) -> None:
         """Have `change` made whenever a module is taken out from now on: it has been made to what is out."""
 
+    def forget(self, module: nn.Module) -> None:
+        """Have no change made to a module any more."""
+
 
 class FileShelf(Shelf):
     """Of a model whose matrices lie in a checkpoint. Vectors are small: they stay in memory, as they were loaded."""
 
     def __init__(self, model: PreTrainedModel, places: Mapping[int, tuple[str, SafetensorsFile]]) -> None:
         """`places`: where a tensor of the model begins in memory -> (name in the checkpoint, file)."""
-        self._model = model  # tensors are known by where they are: they must not go
+        # tensors are known by where they are: they must not go, whatever becomes of the model
+        self._tensors = [*model.parameters(), *model.buffers()]
         self._names: dict[int, str] = {}
         self._places: dict[str, tuple[str, SafetensorsFile]] = {}
         self._resting: dict[int, Tensor] = {}
@@ -70,7 +74,8 @@ class FileShelf(Shelf):
         """Raises NumericError, naming the tensor, for values that are not finite."""
         left = {id(part) for module in but for part in module.modules()}
         parts = {id(part): part for module in modules for part in module.modules() if id(part) not in left}
-        found = {id(tensor): tensor for part in parts.values() for tensor in _own(part)}
+        own = (tensor for part in parts.values() for tensor in _own(part))
+        found = {id(tensor): tensor for tensor in own if id(tensor) in self._names}  # what came later is in the model
         changed = [key for key in self._changes if key in parts and self._rests(parts[key])]
         with ExitStack() as stack:
             for tensor in found.values():
@@ -81,6 +86,9 @@ class FileShelf(Shelf):
 
     def redo(self, module: nn.Module, change: Callable[[], object]) -> None:
         self._changes.setdefault(id(module), []).append(change)
+
+    def forget(self, module: nn.Module) -> None:
+        self._changes.pop(id(module), None)
 
     def _rests(self, module: nn.Module) -> bool:
         """Whether no part of a module is out."""
