@@ -1,8 +1,8 @@
 """A calibrated method from a model folder to a file, as a job that goes on after it was stopped.
 
 Most methods need one block at a time: its weights are read from the checkpoint, what is decided of it goes to disk, and the
-output is written from there, so that neither the float model nor the packed one is ever held. What looks at the whole model
-(tuning all layers together, gradients of all of them) holds it, as `run.quantize` does.
+output is written from there, so that neither the float model nor the packed one is ever held. Tuning all layers together holds
+it, as `run.quantize` does.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ def goes_apart(method: Method, plan: Plan) -> bool:
     """Whether a method needs no more than one block of a model at a time."""
     settings = method.settings
     bits = [parse_format(row.format or "").bits for row in plan.packed if row.method != "cast"]
-    whole = settings.fisher > 0 or settings.tunes_together(bits)
-    return (settings.walks or settings.activations == "static") and not whole and not plan.is_cast
+    walks = settings.walks or settings.activations == "static"
+    return walks and not settings.tunes_together(bits) and not plan.is_cast
 
 
 def _quantized(

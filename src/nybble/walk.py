@@ -129,7 +129,8 @@ class Walk:
 
         settings = self.settings
         return token_weights(
-            self.model, modules, groups, self.windows, settings.fisher, settings.seed, self.workers, report, find, keep
+            *(self.model, modules, groups, self.windows, settings.fisher, settings.seed, self.workers),
+            *(self.shelf, self.scratch, report, find, keep),
         )
 
     def _blocks(self) -> tuple[Blocks, States]:

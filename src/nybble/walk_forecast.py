@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from nybble.calibrate.blocks import find_blocks
+from nybble.calibrate.fisher import windows_at_once
 from nybble.calibrate.statistics import Statistics
 from nybble.calibrate.workers import Workers
 from nybble.errors import BlocksError, UsageError
@@ -111,8 +112,12 @@ def forecast_walk(
     ways = [(n, on_disk) for on_disk in places for n in _fewer(most)]
     together = settings.tunes_together(parse_format(row.format or "").bits for row in plan.packed if row.method != "cast")
     need = 0
+    parts = sum(3 if row.tensor.role == "query, key and value" else 1 for row in plan.packed)
+    counts = 4 * windows[0] * windows[1] * parts if settings.fisher else 0  # how much tokens count, for each part of rows
     for count, on_disk in ways:
-        need = _memory(model, blocks, settings, windows[1], width, count, held, together) + (0 if on_disk else states)
+        need = (
+            2 * counts + _memory(model, blocks, settings, windows[1], width, count, held, together) + (0 if on_disk else states)
+        )
         need = int(MARGIN * need)
         if limit is None or standing + need <= limit:
             break
@@ -124,9 +129,7 @@ def forecast_walk(
         )
     kept = sum(-(-row.bits // 8) for row in plan.packed)  # the blocks that are finished, beside the output
     tuned = sum(math.prod(row.tensor.shape) for row in plan.packed if row.method != "cast") if together else 0
-    disk = kept * (2 if put_together else 1) + (states if on_disk else 0) + TUNED * tuned
-    if settings.fisher:  # how much tokens count, for each layer's parts of rows (at most query, key and value)
-        disk += 4 * windows[0] * windows[1] * sum(3 if row.tensor.role == "query, key and value" else 1 for row in plan.packed)
+    disk = kept * (2 if put_together else 1) + (states if on_disk else 0) + TUNED * tuned + counts
     free = check_disk(target, plan.bytes, disk)
     seconds = _seconds(blocks, plan, method, windows, count) if settings.blockwise else None
     return WalkForecast(count, on_disk, standing + need, disk, reads, plan.bytes, free, seconds)
@@ -187,10 +190,25 @@ def _memory(
     block = copies * _floats(largest) + activations + tuned + max((_choosing(m, settings, threads) for m in matrices), default=0)
     rest = [_Matrix(*map(int, t.shape)) for t in model.parameters() if t.dim() == 2 and id(t) not in inside]
     others = max((8 * each.weights + _choosing(each, settings, threads) for each in rest), default=0)
+    weighing = _weighing(model, blocks, settings, tokens, width, threads, activations) if settings.fisher else 0
     if not held:
-        return max(outside + activations, block, others)
-    whole = _floats(model) * (6 if together or settings.fisher else 2)
-    return whole + max(block, others)
+        return max(outside + activations, block, others, outside + _floats(largest) + weighing)
+    return _floats(model) * (6 if together else 2) + max(block, others, weighing)
+
+
+def _weighing(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    settings: Settings,
+    tokens: int,
+    width: int,
+    threads: int,
+    activations: int,
+) -> int:
+    """Bytes that hidden states between all blocks take, their slopes, and what a block, or the logits, need to be taken back."""
+    states = 4 * windows_at_once(len(blocks), tokens, width, threads) * tokens * width * (len(blocks) + 2 * settings.fisher)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))  # type: ignore[union-attr, operator]
+    return states + max(3 * activations, 6 * 4 * tokens * vocabulary * threads)
 
 
 def _choosing(matrix: _Matrix, settings: Settings, threads: int) -> int:
@@ -223,7 +241,7 @@ def _seconds(blocks: Sequence[nn.Module], plan: Plan, method: Method, windows: t
         tried = 2 * SLAB_ROWS[1] if sum(matrix.weights for matrix in matrices) > LARGE else 2 * SLAB_ROWS[0]
         base, slope = (0.0, 0.0) if row is None else _rounding(str(row.format), settings, workers, tried)
     passes = 1 + 2.4 * (1 + (settings.target > 0)) + settings.float_stream + 2 * (settings.edit != "none")
-    passes += settings.activations == "static"
+    passes += (settings.activations == "static") + (2 + 2 * settings.fisher if settings.fisher else 0)
     weights = sum(matrix.weights for matrix in matrices)
     groups = {(index, matrix.columns): matrix.columns for index, block in enumerate(blocks) for matrix in _matrices(block)}
     products = 2 * tokens * weights * passes + 2 * tokens * sum(k * k for k in groups.values()) * (1 + 2 * (settings.target > 0))

@@ -79,7 +79,7 @@ def test_every_method_gives_what_it_gives_a_held_model(
     assert [path.name for path in tmp_path.iterdir() if "part" in path.name] == []
 
 
-@pytest.mark.parametrize("method", ["awq+gptq:bias", "smoothquant+static"])
+@pytest.mark.parametrize("method", ["awq+gptq:bias", "smoothquant+static", "guided"])
 def test_every_family_gives_what_it_gives_held(
     method: str, families: dict[str, Any], tiny: Callable[..., Any], windows: Any, tmp_path: Path
 ) -> None:
@@ -89,7 +89,7 @@ def test_every_family_gives_what_it_gives_held(
         check_same(tmp_path / f"{family}-out", quantize(folder, format_for(method), method, windows))
 
 
-@pytest.mark.parametrize("method", ["static", "gptq+static"])
+@pytest.mark.parametrize("method", ["static", "gptq+static", "guided"])
 def test_what_needs_one_block_at_a_time_is_not_held(
     method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,8 +149,9 @@ def test_hidden_states_on_disk_change_nothing(
     assert first == second
 
 
+@pytest.mark.parametrize("method", ["best:tune=0", "guided", "gptq+static"])
 def test_no_more_than_a_block_is_out(
-    tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = saved(tiny("llama"), tmp_path / "model")
     seen: set[frozenset[str]] = set()
@@ -162,7 +163,7 @@ def test_no_more_than_a_block_is_out(
         return real(self, key)
 
     monkeypatch.setattr(FileShelf, "_values", watched)
-    made(folder, tmp_path / "out", "best:tune=0")
+    made(folder, tmp_path / "out", method)
     assert seen == {frozenset(), frozenset({"0"}), frozenset({"1"})}
 
 

@@ -8,7 +8,7 @@ from the first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Blocks:
             yield
 
     @contextmanager
-    def skipped(self, states: States) -> Iterator[Callable[[int], Any]]:
+    def skipped(self, states: States | Mapping[int, Tensor]) -> Iterator[Callable[[int], Any]]:
         """Within it the model's blocks do nothing but give `states`, what the last of them would: the function given runs all
         the rest on a window, on any thread."""
         here = threading.local()
@@ -152,6 +152,11 @@ class Blocks:
         """What block `index` makes of one window's hidden states [1, T, width]; `module` in its place."""
         with torch.no_grad():
             return self._call(index, state, module)
+
+    def trace(self, index: int, state: Tensor) -> Tensor:
+        """The same with its graph."""
+        with torch.enable_grad():
+            return self._call(index, state)
 
     def advance(self, index: int, states: States, workers: Workers, module: nn.Module | None = None) -> None:
         """Hidden states one block on, in place: two whole streams would be the most memory that a walk takes."""
