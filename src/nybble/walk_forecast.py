@@ -208,7 +208,7 @@ def _weighing(
     """Bytes that hidden states between all blocks take, their slopes, and what a block, or the logits, need to be taken back."""
     states = 4 * windows_at_once(len(blocks), tokens, width, threads) * tokens * width * (len(blocks) + 2 * settings.fisher)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))  # type: ignore[union-attr, operator]
-    return states + max(3 * activations, 6 * 4 * tokens * vocabulary * threads)
+    return states + max(3 * activations, 9 * 4 * tokens * vocabulary * threads)
 
 
 def _choosing(matrix: _Matrix, settings: Settings, threads: int) -> int:

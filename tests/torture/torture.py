@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SAID_EVERY = 60
+"""Seconds."""
 BATCH_BYTES = 20_000
 """Small, so that a small job has many pieces."""
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n\n" for i in range(400))
@@ -352,13 +354,16 @@ def main() -> int:
         for kind in given.jobs.split(","):
             began, done = time.monotonic(), 0
             torture = Torture(known[kind], server, work)
+            said = began
             for what, attack in attacks(torture, given.every, given.random, given.seed):
+                if time.monotonic() - said > SAID_EVERY:
+                    said = time.monotonic()
+                    print(f"{kind}: {what} after {said - began:.0f} s", file=sys.stderr, flush=True)
                 try:
                     attack()
                 except AssertionError as error:
                     wrong += 1
-                    said = " ".join(str(error).split())[:500]
-                    print(f"{kind}: {what}: {said}", flush=True)
+                    print(f"{kind}: {what}: {' '.join(str(error).split())[:500]}", flush=True)
                 done += 1
             print(f"{kind}: {done} attacks in {time.monotonic() - began:.0f} s", flush=True)
         server.close()
