@@ -24,7 +24,7 @@ from nybble.containers import open_contents
 from nybble.convert import convert
 from nybble.engine import Decoder
 from nybble.engine.text import TextCodec
-from nybble.errors import InputError, NybbleError, UsageError
+from nybble.errors import InputError, NybbleError, OutputError, UsageError
 from nybble.train.distill import fewer_layers
 from nybble.train.start import make_tokenizer, new
 
@@ -270,6 +270,19 @@ def test_wrong_usage(arguments: tuple[str, ...], message: str, words: Path, mode
     with pytest.raises(NybbleError, match=re.escape(message)):
         cli._run(["train", *(places.get(word, word) for word in arguments)])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_disk_without_room_is_refused_before_the_first_step(
+    optimizer: str, words: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = max(path.stat().st_size for path in (model / "training" / "checkpoints").rglob("state.safetensors"))
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=largest))
+    command = ["train", str(model), "--text", str(words), "--window", "32", "--optimizer", optimizer, "-o", str(tmp_path / "out")]
+    with pytest.raises(OutputError, match=r"checkpoints and model take about .* are free; make room"):
+        cli._run(command)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_does_not_forget_a_run(model: Path, words: Path) -> None:

@@ -22,13 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from nybble.errors import FileFormatError, InputError, UsageError
+from nybble.errors import FileFormatError, InputError, OutputError, UsageError
 from nybble.files.job import new_folder, sweep
 from nybble.files.journal import check_same
 from nybble.files.json_strict import read_object
 from nybble.files.safetensors import SafetensorsFile, file_sha256, write
+from nybble.forecast import size_text
 
 KEPT = 2
+STATES = {"adamw": 8.0, "adamw8bit": 2.1, "adamw4bit": 1.1}
+"""Bytes of an optimizer's states for a parameter, scales included."""
 NAME = re.compile(r"step-([0-9]{6,12})")
 TENSORS, FACTS = "state.safetensors", "state.json"
 MODEL, OPTIMIZER = "model.", "optimizer."
@@ -50,6 +53,19 @@ def newest(folder: Path) -> Path | None:
     """The checkpoint of the highest step in a folder, or None."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := NAME.fullmatch(path.name)) and path.is_dir()]
     return max(found)[1] if found else None
+
+
+def check_room(folder: Path, parameters: int, optimizer: str) -> None:
+    """Raise OutputError, with the figures, where a disk has no room for the checkpoints of a run: those that stay, one that is
+    being written, and the model. What an earlier run left in the folder counts as room."""
+    need = int(parameters * ((KEPT + 1) * (4 + STATES[optimizer]) + 4))
+    there = sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+    free = there + shutil.disk_usage(next(path for path in folder.absolute().parents if path.exists())).free
+    if free < need:
+        raise OutputError(
+            f"checkpoints and model take about {size_text(need)} in {folder.parent.parent}, {size_text(free)} are free; "
+            "make room, write somewhere else (-o), or train with --optimizer adamw8bit"
+        )
 
 
 def save(folder: Path, standing: Standing, facts: Mapping[str, Any]) -> Path:

@@ -113,6 +113,7 @@ def train(
     settings.check()
     settings.passes(world.size)
     check_folder(output)
+    checkpoints.check_room(training / CHECKPOINTS, sum(p.numel() for p in start.model.parameters()), settings.optimizer)
     start.model.to(world.device)
     measure = partial(held_out_loss, start.model, windows, settings.micro, world.device)
     known = {} if restart else _known(training, facts, settings)
