@@ -47,6 +47,7 @@ from nybble.formats.spec import check_options, check_wide
 
 ROUNDING = 2.0**-22
 """Allowance of `max_error` for the float32 roundings of midpoints, scales and the decoded value, relative to the scale."""
+CELLS = 4096
 SMALLEST = 2.0**-149
 """The smallest float32, to which products of subnormal scales are rounded."""
 NESTED_BLOCK = 256
@@ -126,7 +127,7 @@ class Codebook(PackedFormat):
 
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)
-        _, midpoints, code_of = _sorted(self.name)
+        below, following, code_of = _cells(self.name)
         scale, _ = self.grid(params)
         wide = scale.astype(np.float64)
         wide[wide == 0] = 1.0
@@ -135,7 +136,8 @@ class Codebook(PackedFormat):
         for rows in slabs(weight.shape):
             part = rows if wide.shape[0] > 1 else slice(None)
             ratio = weight[rows] / spread(wide[part], columns, block)
-            codes[rows] = code_of[np.searchsorted(midpoints, ratio)]
+            cell = ((ratio + 1) * (CELLS / 2)).clip(0, CELLS - 1).astype(np.int16)
+            codes[rows] = code_of[below[cell] + (ratio > following[cell])]
         return codes
 
     def param_storage(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -214,6 +216,15 @@ def _sorted(name: str) -> tuple[Float32, Float32, NDArray[np.uint8]]:
     levels = np.array(LEVELS[name], dtype=np.float32)
     ascending, codes = np.unique(levels, return_index=True)  # FP4 has +0 and -0; the first, code 0, is the one used
     return ascending, (ascending[1:] + ascending[:-1]) * np.float32(0.5), codes.astype(np.uint8)
+
+
+@cache
+def _cells(name: str) -> tuple[NDArray[np.uint8], Float64, NDArray[np.uint8]]:
+    """[-1, 1] cut into cells so small that each holds one midpoint between levels at most: (how many are below each, the next
+    one, code of each level)."""
+    _, midpoints, codes = _sorted(name)
+    below = np.searchsorted(midpoints, np.linspace(-1, 1, CELLS + 1)[:-1])
+    return below.astype(np.uint8), np.append(midpoints, np.float32(np.inf)).astype(np.float64)[below], codes
 
 
 def _build(name: str, granularity: Granularity | None, options: frozenset[str]) -> Codebook:
