@@ -92,13 +92,10 @@ def test_a_damaged_block_is_made_again(tiny: Callable[..., Any], windows: Any, t
         assert same(again, whole)
 
 
-@pytest.mark.parametrize("method", ["awq+gptq", "smoothquant+gptq"])
-def test_edits_are_not_looked_for_twice(
-    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = made(tiny("llama"), method, windows)
-    real, looked = edits._choose, list[int]()
-    monkeypatch.setattr(edits, "_choose", lambda *rest: (looked.append(rest[2]), real(*rest))[1])
+def stopped_at_each(
+    family: str, method: str, tiny: Callable[..., Any], windows: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, list[tuple[str, int]]]:
+    """(what comes of a run that is stopped whenever something was kept, all that was kept)."""
     keep, kept = FinishedBlocks.keep_arrays, list[tuple[str, int]]()
 
     def stops(self: FinishedBlocks, kind: str, number: int, *rest: Any) -> None:
@@ -108,13 +105,22 @@ def test_edits_are_not_looked_for_twice(
 
     again = None
     while again is None:
-        journal = Journal(tmp_path / "journal", {})
-        finished = FinishedBlocks(tmp_path / "blocks", journal)
-        with monkeypatch.context() as patch:
+        journal = Journal(folder / "journal", {})
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
             patch.setattr(FinishedBlocks, "keep_arrays", stops)
-            with suppress(KeyboardInterrupt):
-                again = made(tiny("llama"), method, windows, finished)
+            again = made(tiny(family), method, windows, FinishedBlocks(folder / "blocks", journal))
         journal.close()
+    return again, kept
+
+
+@pytest.mark.parametrize("method", ["awq+gptq", "smoothquant+gptq"])
+def test_edits_are_not_looked_for_twice(
+    method: str, tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = made(tiny("llama"), method, windows)
+    real, looked = edits._choose, list[int]()
+    monkeypatch.setattr(edits, "_choose", lambda *rest: (looked.append(rest[2]), real(*rest))[1])
+    again, kept = stopped_at_each("llama", method, tiny, windows, tmp_path, monkeypatch)
     assert kept == [("edits", 0), ("edits", 1), *(("block", i) for i in range(4))]
     assert looked == sorted(looked), "each block once, in their order"
     assert len(looked) == 2 * looked.count(0)
@@ -127,20 +133,7 @@ def test_windows_whose_tokens_are_weighed_are_not_weighed_twice(
     tiny: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = made(tiny("gpt2"), "guided", windows)
-    keep, kept = FinishedBlocks.keep_arrays, list[tuple[str, int]]()
-
-    def stops(self: FinishedBlocks, kind: str, number: int, *rest: Any) -> None:
-        keep(self, kind, number, *rest)
-        kept.append((kind, number))
-        raise KeyboardInterrupt
-
-    again = None
-    while again is None:
-        journal = Journal(tmp_path / "journal", {})
-        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
-            patch.setattr(FinishedBlocks, "keep_arrays", stops)
-            again = made(tiny("gpt2"), "guided", windows, FinishedBlocks(tmp_path / "blocks", journal))
-        journal.close()
+    again, kept = stopped_at_each("gpt2", "guided", tiny, windows, tmp_path, monkeypatch)
     assert kept == [*(("fisher", i) for i in range(len(windows))), *(("block", i) for i in range(4))]
     assert same(again, whole)
 
