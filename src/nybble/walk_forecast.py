@@ -115,9 +115,7 @@ def forecast_walk(
     parts = sum(3 if row.tensor.role == "query, key and value" else 1 for row in plan.packed)
     counts = 4 * windows[0] * windows[1] * parts if settings.fisher else 0  # how much tokens count, for each part of rows
     for count, on_disk in ways:
-        need = (
-            2 * counts + _memory(model, blocks, settings, windows[1], width, count, held, together) + (0 if on_disk else states)
-        )
+        need = 2 * counts + _memory(model, blocks, settings, windows, width, count, held, together) + (0 if on_disk else states)
         need = int(MARGIN * need)
         if limit is None or standing + need <= limit:
             break
@@ -172,13 +170,14 @@ def _memory(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     settings: Settings,
-    tokens: int,
+    windows: tuple[int, int],
     width: int,
     threads: int,
     held: bool,
     together: bool,
 ) -> int:
     """Bytes beside hidden states."""
+    tokens = windows[1]
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = 4 * sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
     largest = max(blocks, key=_floats)
@@ -190,7 +189,7 @@ def _memory(
     block = copies * _floats(largest) + activations + tuned + max((_choosing(m, settings, threads) for m in matrices), default=0)
     rest = [_Matrix(*map(int, t.shape)) for t in model.parameters() if t.dim() == 2 and id(t) not in inside]
     others = max((8 * each.weights + _choosing(each, settings, threads) for each in rest), default=0)
-    weighing = _weighing(model, blocks, settings, tokens, width, threads, activations) if settings.fisher else 0
+    weighing = _weighing(model, blocks, settings, windows, width, threads, activations) if settings.fisher else 0
     if not held:
         return max(outside + activations, block, others, outside + _floats(largest) + weighing)
     return _floats(model) * (6 if together else 2) + max(block, others, weighing)
@@ -200,13 +199,15 @@ def _weighing(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     settings: Settings,
-    tokens: int,
+    windows: tuple[int, int],
     width: int,
     threads: int,
     activations: int,
 ) -> int:
     """Bytes that hidden states between all blocks take, their slopes, and what a block, or the logits, need to be taken back."""
-    states = 4 * windows_at_once(len(blocks), tokens, width, threads) * tokens * width * (len(blocks) + 2 * settings.fisher)
+    count, tokens = windows
+    at_once = min(count, windows_at_once(len(blocks), tokens, width, threads))
+    states = 4 * at_once * tokens * width * (len(blocks) + 2 * settings.fisher)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))  # type: ignore[union-attr, operator]
     return states + max(3 * activations, 9 * 4 * tokens * vocabulary * threads)
 
