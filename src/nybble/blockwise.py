@@ -24,9 +24,10 @@ from nybble.calibrate.windows import CALIBRATION_LENGTH
 from nybble.containers import Contents, open_contents
 from nybble.convert import Conversion, convert, facts_of, streams
 from nybble.converting import Progress
+from nybble.edits import EDITS
 from nybble.errors import BlocksError, NumericError
 from nybble.files.job import BLOCKS, Job, how_to_go_on, open_job
-from nybble.finished import FinishedBlocks
+from nybble.finished import BLOCK, FinishedBlocks
 from nybble.forecast import resident
 from nybble.formats import QTensor, parse_format
 from nybble.formats.activations import Activations
@@ -39,7 +40,8 @@ from nybble.models.shelf import FileShelf, shelved_model
 from nybble.observing import static_grids
 from nybble.plan import Plan, PlanRow, Recipe, make_plan, prunes
 from nybble.run import done_by, draw_windows, provenance_of, quantize, seeded, walk, windows_of
-from nybble.walk import Walk
+from nybble.tuner import TUNING
+from nybble.walk import FISHER, Walk
 from nybble.walk_forecast import WalkForecast, check_whole, forecast_walk
 
 
@@ -111,10 +113,10 @@ def quantize_folder(
         with open_job(target, facts, restart) as job:
             if job.published:
                 return None
-            if job.begun:
-                announce(f"going on with what is in {job.folder}")
-            progress("loading the model", 0, 1)
             finished = FinishedBlocks(job.folder / BLOCKS, job.journal)
+            if job.begun:
+                announce(f"going on with what is in {job.folder}{_told(finished)}")
+            progress("loading the model", 0, 1)
             contents, accounts = _quantized(source, recipe, calibration, finished, job, foresee, progress)
             if finished.damaged:
                 announce(f"{finished.damaged} blocks were not what had been written; they were made again")
@@ -267,6 +269,18 @@ class _Made:
             return self._method.quantize(weight, parse_format(str(row.format)), prune=prunes(row))
         except NumericError as error:
             raise NumericError(f"{name}: {error}") from error
+
+
+def _told(finished: FinishedBlocks) -> str:
+    """How far an earlier run came, as far as it said."""
+    counts = {
+        "blocks edited": len(finished.numbers(EDITS)),
+        "windows weighed": len(finished.numbers(FISHER)),
+        "blocks decided": len(finished.numbers(BLOCK)),
+        "steps of tuning": max(finished.numbers(TUNING), default=0),
+    }
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f": {said}" if said else ""
 
 
 def _named(what: str, progress: Progress) -> Progress:

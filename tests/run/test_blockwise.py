@@ -195,6 +195,8 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
                 made(folder, tmp_path / "out", "awq+gptq:bias", announce=said.append)
             stopped += 1
     assert sum("the same command goes on from" in line for line in said) == stopped
+    told = [line.partition("out.part: ")[2] for line in said if line.startswith("going on")]
+    assert told == [f"2 blocks edited, {count} blocks decided" for count in (1, 2, 3)]
     with pytest.raises(UsageError, match="format"):
         quantize_folder(
             folder, tmp_path / "out", "nybble", Recipe("int3:g32", "awq+gptq:bias"), Calibration("text", 3, 12, True, 0), {}
