@@ -94,6 +94,10 @@ def test_best_is_never_a_broken_variant_nor_fp32s_own_quality(records: list[Reco
             assert all(row.name != "fp32" for row in marked)
     assert cell(table, "nf4:g64,dq", "weights").best
     assert not cell(table, "int2:g64", "weights").best
+    smallest = next(r for r in records if r.variant == "nf4:g64,dq").weight_bytes
+    tied = summary_table([replace(r, weight_bytes=smallest) if r.variant == "int2:g64" else r for r in records])
+    assert cell(tied, "nf4:g64,dq", "weights").best
+    assert not cell(tied, "int2:g64", "weights").best, "a broken one that ties"
 
 
 def test_without_fp32_there_are_no_differences(records: list[Record]) -> None:

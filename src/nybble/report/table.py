@@ -80,7 +80,7 @@ def summary_table(records: list[Record]) -> Table:
                     c.text(row[k]),
                     c.detail(record, baseline) if c.detail and row[k] is not None else "",
                     c.title(record, baseline) if c.title else "",
-                    row[k] is not None and row[k] == best[k],
+                    row[k] is not None and row[k] == best[k] and judgement.level != "broken",
                 )
                 for k, c in enumerate(columns)
             ),
