@@ -127,7 +127,8 @@ class Codebook(PackedFormat):
 
     def encode(self, weight: Float32, params: Params) -> Codes:
         check_finite(weight)
-        below, following, code_of = _cells(self.name)
+        _, midpoints, code_of = _sorted(self.name)
+        cells = _cells(self.name)
         scale, _ = self.grid(params)
         wide = scale.astype(np.float64)
         wide[wide == 0] = 1.0
@@ -136,6 +137,10 @@ class Codebook(PackedFormat):
         for rows in slabs(weight.shape):
             part = rows if wide.shape[0] > 1 else slice(None)
             ratio = weight[rows] / spread(wide[part], columns, block)
+            if cells is None:
+                codes[rows] = code_of[np.searchsorted(midpoints, ratio)]
+                continue
+            below, following = cells
             cell = ((ratio + 1) * (CELLS / 2)).clip(0, CELLS - 1).astype(np.int16)
             codes[rows] = code_of[below[cell] + (ratio > following[cell])]
         return codes
@@ -219,12 +224,14 @@ def _sorted(name: str) -> tuple[Float32, Float32, NDArray[np.uint8]]:
 
 
 @cache
-def _cells(name: str) -> tuple[NDArray[np.uint8], Float64, NDArray[np.uint8]]:
-    """[-1, 1] cut into cells so small that each holds one midpoint between levels at most: (how many are below each, the next
-    one, code of each level)."""
-    _, midpoints, codes = _sorted(name)
-    below = np.searchsorted(midpoints, np.linspace(-1, 1, CELLS + 1)[:-1])
-    return below.astype(np.uint8), np.append(midpoints, np.float32(np.inf)).astype(np.float64)[below], codes
+def _cells(name: str) -> tuple[NDArray[np.uint8], Float64] | None:
+    """[-1, 1] cut into cells that hold one midpoint between levels at most: (how many are below each, the next one). None where
+    midpoints lie closer than that."""
+    midpoints = _sorted(name)[1].astype(np.float64)
+    below = np.searchsorted(midpoints, np.linspace(-1, 1, CELLS + 1))
+    if (np.diff(below) > 1).any() or (np.abs(midpoints) >= 1).any():
+        return None
+    return below[:-1].astype(np.uint8), np.append(midpoints, np.inf)[below[:-1]]
 
 
 def _build(name: str, granularity: Granularity | None, options: frozenset[str]) -> Codebook:
