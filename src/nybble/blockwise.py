@@ -276,7 +276,7 @@ def _told(finished: FinishedBlocks) -> str:
     counts = {
         "blocks edited": len(finished.numbers(EDITS)),
         "windows weighed": len(finished.numbers(FISHER)),
-        "blocks decided": len(finished.numbers(BLOCK)),
+        "blocks and other weights decided": len(finished.numbers(BLOCK)),
         "steps of tuning": max(finished.numbers(TUNING), default=0),
     }
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)

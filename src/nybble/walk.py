@@ -366,9 +366,9 @@ class Walk:
             self.model.get_parameter(name).copy_(value)
 
     def _tune_block(self, blocks: Blocks, index: int, inputs: States, aims: States) -> None:
-        """Tune the weights of one block."""
-        decided = {name: self.tensors[name] for name in self._layers_of(blocks.modules[index])}
-        best, history = self._tuner.block(blocks, index, inputs, aims, decided)
+        """Tune the weights of one block that are decided: those that a window reaches."""
+        reached = {name: self.tensors[name] for name in self._layers_of(blocks.modules[index]) if name in self.tensors}
+        best, history = self._tuner.block(blocks, index, inputs, aims, reached)
         self.block_histories.append(history)
         self._take_tuned(best)
         if not self.settings.tune:

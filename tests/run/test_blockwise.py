@@ -196,7 +196,7 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
             stopped += 1
     assert sum("the same command goes on from" in line for line in said) == stopped
     told = [line.partition("out.part: ")[2] for line in said if line.startswith("going on")]
-    assert told == [f"2 blocks edited, {count} blocks decided" for count in (1, 2, 3)]
+    assert told == [f"2 blocks edited, {count} blocks and other weights decided" for count in (1, 2, 3)]
     with pytest.raises(UsageError, match="format"):
         quantize_folder(
             folder, tmp_path / "out", "nybble", Recipe("int3:g32", "awq+gptq:bias"), Calibration("text", 3, 12, True, 0), {}
@@ -217,6 +217,13 @@ def test_a_weight_that_is_not_finite_is_named(tiny: Callable[..., Any], windows:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["gptq", "gptq:block_tune=2", "best:tune=2:tune_bits=4:block_tune=2", "guided", "static"])
+def test_a_layer_that_no_window_reaches_is_rounded_all_the_same(method: str, tiny: Callable[..., Any], windows: Any) -> None:
+    model = tiny("llama")
+    model.model.layers[0].spare = torch.nn.Linear(64, 32)
+    assert "model.layers.0.spare.weight" in quantize(model, format_for(method), method, windows).tensors
+
+
 def test_blocks_that_run_again_are_refused_or_weighed_as_a_whole(windows: Any, tmp_path: Path) -> None:
     shape = transformers.AlbertConfig(
         vocab_size=97, hidden_size=48, embedding_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
@@ -226,6 +233,8 @@ def test_blocks_that_run_again_are_refused_or_weighed_as_a_whole(windows: Any, t
     with pytest.raises(BlocksError, match="do not run once each"):
         made(folder, tmp_path / "out", "gptq")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    made(folder, tmp_path / "static", "static")
+    check_same(tmp_path / "static", quantize(folder, "int8:channel", "static", windows))
     made(folder, tmp_path / "out", "imatrix")
     check_same(tmp_path / "out", quantize(folder, "int4:g32", "imatrix", windows))
     name = next(name for name in nybble.load(tmp_path / "out").tensors if "ffn.weight" in name)
