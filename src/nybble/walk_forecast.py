@@ -41,6 +41,8 @@ LARGE = 10**8
 TUNED = 4 + 2 * 13
 """Bytes on disk of a weight that is tuned together with all others: where it begins; and its position, two means of slopes and
 its best code, twice while one file takes another's place."""
+LOGITS = 11
+"""Arrays of tokens by vocabulary that there are at most while a window's logits are drawn from and taken back; 10.2 measured."""
 MARGIN = 1.1
 """Memory that is taken beyond what is counted: pages of files, what the allocator keeps."""
 
@@ -209,7 +211,7 @@ def _weighing(
     at_once = min(count, windows_at_once(len(blocks), tokens, width, threads))
     states = 4 * at_once * tokens * width * (len(blocks) + 2 * settings.fisher)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))  # type: ignore[union-attr, operator]
-    return states + max(3 * activations, 9 * 4 * tokens * vocabulary * threads)
+    return states + max(3 * activations, LOGITS * 4 * tokens * vocabulary * threads)
 
 
 def _choosing(matrix: _Matrix, settings: Settings, threads: int) -> int:

@@ -175,8 +175,8 @@ def _key(name: str, group: int) -> str:
 
 def fisher_draw(p: Tensor, root: Tensor, generator: torch.Generator) -> Tensor:
     """A draw v, of the shape of probabilities p [..., V], with E[v v^T] = diag(p) - p p^T; `root` is sqrt(p)."""
-    noise = root * torch.randn(p.shape, generator=generator)
-    return noise - p * noise.sum(-1, keepdim=True)
+    noise = torch.randn(p.shape, generator=generator).mul_(root)  # in place: the largest arrays there are
+    return noise.sub_(p * noise.sum(-1, keepdim=True))
 
 
 def _tempered(weights: Tensor) -> Tensor:
